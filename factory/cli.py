@@ -1,0 +1,206 @@
+"""The command line: each command reads its arguments, calls one function, and prints what it gave.
+
+Nothing heavy is imported before a command runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+View = Literal["auto", "live", "plain", "quiet"]
+
+
+def home() -> Path:
+    """The root of everything on disk: $GRISTMILL_HOME, or ./mill."""
+    return Path(os.environ.get("GRISTMILL_HOME") or "mill")
+
+
+def _told(command: F) -> F:
+    """Print what the user can mend as one block without a traceback, and exit with 1 (2: a faulty recipe; 130: ctrl-C)."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from factory.errors import GristmillError, RecipeError
+
+        try:
+            return command(*args, **kwargs)
+        except GristmillError as error:
+            click.echo(f"gristmill: {error}", err=True)
+            sys.exit(2 if isinstance(error, RecipeError) else 1)
+        except KeyboardInterrupt:
+            click.echo("gristmill: stopped. Everything answered is kept; the same command goes on.", err=True)
+            sys.exit(130)
+
+    return cast(F, wrapped)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="gristmill")
+def main() -> None:
+    """Real seeds in, a versioned dataset out.
+
+    A recipe says what is wanted, whom to ask, and what to keep. Everything is written under ./mill (or $GRISTMILL_HOME).
+    """
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@_told
+def init(folder: Path) -> None:
+    """Write a recipe that explains itself, beside a seeds file, into FOLDER."""
+    from factory.init import write_starter
+
+    for path in write_starter(folder):
+        click.echo(f"wrote {path}")
+    click.echo(f"Next: put your own examples into {folder / 'seeds.jsonl'}, then `gristmill plan {folder}`.")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_told
+def plan(recipe: Path) -> None:
+    """Say what RECIPE would ask, of whom, what it would cost and take. Asks nothing."""
+    from factory.plan import plan_table
+    from factory.recipe import load_recipe
+
+    _print(plan_table(load_recipe(recipe), home()))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--progress", "view", type=click.Choice(["auto", "live", "plain", "quiet"]), default="auto", show_default=True)
+@_told
+def run(recipe: Path, view: View) -> None:
+    """Run RECIPE to its target, or go on where it stopped."""
+    from factory.recipe import load_recipe
+    from factory.run import run as turn
+    from factory.show import outcome
+
+    folder = turn(load_recipe(recipe), home(), view=view)
+    _print(outcome(folder))
+    sys.exit(0 if folder.status["status"] == "done" else 3)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("sample", required=False)
+@click.option("-n", "--number", default=10, show_default=True, help="How many samples to print.")
+@click.option("--rejected", is_flag=True, help="Rejected samples, with their reasons.")
+@click.option("--reason", help="Only those rejected for this reason.")
+@click.option("--label", help="Only samples of this label.")
+@click.option("--failures", is_flag=True, help="What never became a sample, with its text.")
+@_told
+def show(recipe: Path, sample: str | None, number: int, rejected: bool, reason: str | None, label: str | None, failures: bool) -> None:
+    """Show a run: its funnel and samples; or one SAMPLE (an id, or the start of one) with its whole history."""
+    from factory.show import failed, history, outcome, pick
+
+    folder = _run_of(recipe)
+    if sample:
+        _print(history(folder, sample, home()))
+    elif failures:
+        _print(failed(folder, number))
+    else:
+        if not (rejected or reason or label):
+            _print(outcome(folder))
+        _print(pick(folder, number, rejected=rejected or reason is not None, reason=reason, label=label))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--again", is_flag=True, help="Release even where the last version holds exactly these rows.")
+@_told
+def release(recipe: Path, again: bool) -> None:
+    """Cut a version of RECIPE's dataset from its run: JSONL splits, manifest, lineage, card and report."""
+    from factory.release import release_run
+    from factory.show import released
+
+    version = release_run(_recipe(recipe), home(), again=again)
+    _print(released(_run_of(recipe), version))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_told
+def report(recipe: Path) -> None:
+    """Write the report of RECIPE's run, released or not, and say where it lies."""
+    from factory.report import report_run
+
+    click.echo(report_run(_recipe(recipe), home()))
+
+
+@main.group()
+def teachers() -> None:
+    """The models that are asked."""
+
+
+@teachers.command("fetch")
+@click.argument("model", default="smollm2-135m-instruct")
+@_told
+def teachers_fetch(model: str) -> None:
+    """Fetch a local MODEL: `smollm2-135m-instruct`, or `org/repo:file.gguf` from the hub."""
+    click.echo(_local_models().fetch_model(model))
+
+
+@teachers.command("list")
+@_told
+def teachers_list() -> None:
+    """List the kinds of teachers that a recipe may name."""
+    from factory import plugins
+
+    for kind in plugins.names(plugins.TEACHERS):
+        click.echo(f"{kind:<12} {(plugins.teacher_class(kind).__doc__ or '').strip().splitlines()[0]}")
+
+
+@main.command()
+@_told
+def ledger() -> None:
+    """Sum up what was asked and paid, by run and teacher."""
+    from factory.show import ledger_table
+
+    _print(ledger_table(home()))
+
+
+def _recipe(where: Path) -> Any:
+    from factory.recipe import load_recipe
+
+    return load_recipe(where)
+
+
+def _run_of(where: Path) -> Any:
+    """The run of the recipe at `where`, which must have been started."""
+    from factory.errors import StoreError
+    from factory.records import RunFolder
+
+    recipe = _recipe(where)
+    folder = recipe.run_folder(home())
+    if not (folder / "run.json").exists():
+        raise StoreError("this recipe has not been run (or was changed since)", where=str(folder), next=f"Run it: gristmill run {where}")
+    return RunFolder(folder)
+
+
+def _local_models() -> Any:
+    """The module behind the `local` teacher's models, found by entry point since the engine imports no generator."""
+    from importlib import import_module
+
+    from factory import plugins
+
+    package = plugins.teacher_class("local").__module__.rpartition(".")[0]
+    return import_module(f"{package}.models")
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe gets whole lines, whatever the width of the terminal behind it
+        console = Console(highlight=False, width=140)
+    console.print(what)

@@ -1,0 +1,217 @@
+"""Says what a run would ask, of whom, what it would cost and take, without asking anything."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from factory import rounds
+from factory.errors import GristmillError, RunError
+from factory.gateway import bill
+from factory.ledger import Ledger
+from factory.progress import dollars, duration
+from factory.recipe import Recipe
+from factory.records import RunFolder
+from factory.run import LEDGER_FILE
+from factory.stage import Filter, Generator, Need, Vectors
+from factory.store import SAMPLES, samples_frame
+from schemas.call import Answer, Call
+from schemas.sample import Sample
+
+ASSUMED_RATE = 0.5  # good rows a sample made, before a run has shown one
+ASSUMED_TOKENS_S = 40.0  # of one stream, before a teacher has answered
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stage is expected to ask of one teacher until the target is met.
+
+    `calls` is the expected number, `in_ledger` how many of the first round's the ledger would answer for nothing. Money is in
+    micro-dollars, None where the price is unknown; `worst` is what the same calls could cost at most.
+    """
+
+    stage: str
+    teacher: str
+    calls: int
+    in_ledger: int
+    tokens_in: int
+    tokens_out: int
+    micro_usd: int | None
+    worst_micro_usd: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All estimates, what they rest on, and what the seeds hold."""
+
+    recipe: Recipe
+    seeds: pl.DataFrame
+    holdout: int
+    unreadable: int
+    estimates: tuple[Estimate, ...]
+    assumptions: tuple[str, ...]
+
+
+def make_plan(recipe: Recipe, home: Path) -> Plan:
+    """Read the seeds, form the first round's questions, and count; the pace of a teacher comes from the ledger where it has one."""
+    read = [
+        item
+        for line in recipe.stages
+        if isinstance(line.stage, Generator) and line.stage.once
+        for item in line.stage.generate(SAMPLES.to_frame(), _Still(recipe, line.folder))
+    ]
+    samples = list({s.id: s for s in read if isinstance(s, Sample)}.values())
+    everything = samples_frame(samples)
+    seeds = everything.filter(~pl.col("holdout"))
+    if seeds.is_empty():
+        raise RunError("the seeds stage gives no seed that a teacher may see")
+    quota = rounds.quotas(recipe.target, seeds)
+    rate, basis = _rate(recipe, home)
+    needs = rounds.needs(quota, {}, {}) if rate is None else tuple(Need(n.missing, n.label, rate=rate) for n in rounds.needs(quota, {}, {}))
+    made = recipe.target.accepted / (rate or ASSUMED_RATE)
+    estimates: list[Estimate] = []
+    assumptions = [basis]
+    with Ledger.open(home / LEDGER_FILE) if (home / LEDGER_FILE).exists() else _NoLedger() as ledger:
+        for line in recipe.stages:
+            ctx = _Still(recipe, line.folder, seeds, needs)
+            if isinstance(line.stage, Generator):
+                calls, scale = list(line.stage.questions(seeds, ctx)), 1.0
+            else:
+                assert isinstance(line.stage, Filter)
+                calls = list(line.stage.questions(seeds, ctx))  # the seeds stand in for what is not made yet
+                scale = made / seeds.height
+            for teacher in dict.fromkeys(call.teacher for call in calls):
+                asked = [call for call in calls if call.teacher == teacher]
+                estimates.append(_estimate(recipe, line.folder, teacher, asked, scale, ledger, assumptions))
+    return Plan(
+        recipe, seeds, everything.height - seeds.height, len(read) - len(samples), tuple(estimates), tuple(dict.fromkeys(assumptions))
+    )
+
+
+def _estimate(recipe: Recipe, stage: str, name: str, calls: Sequence[Call], scale: float, ledger: Any, assumptions: list[str]) -> Estimate:
+    teacher = recipe.teachers[name]
+    bills = [bill(call, teacher) for call in calls]
+    count = math.ceil(len(calls) * scale)
+    tokens_in = math.ceil(sum(b.tokens_in for b in bills) * scale)
+    tokens_out = math.ceil(sum(b.tokens_out for b in bills) * scale)
+    pace = ledger.pace(*teacher.identity())
+    if pace is None:
+        seconds = tokens_out / ASSUMED_TOKENS_S / teacher.concurrency
+        assumptions.append(
+            f"{name}: {ASSUMED_TOKENS_S:.0f} tokens a second a request (it has not answered yet), {teacher.concurrency} at once"
+        )
+    else:
+        seconds = count * pace / teacher.concurrency
+        assumptions.append(f"{name}: {pace:.2f} s a call (what the ledger has seen), {teacher.concurrency} at once")
+    known = all(b.micro_usd is not None for b in bills)
+    return Estimate(
+        stage,
+        name,
+        count,
+        sum(ledger.settled(b.key) for b in bills),
+        tokens_in,
+        tokens_out,
+        math.ceil(sum(b.micro_usd or 0 for b in bills) * scale) if known else None,
+        math.ceil(sum(b.worst_micro_usd or 0 for b in bills) * scale) if known else None,
+        seconds,
+    )
+
+
+def _rate(recipe: Recipe, home: Path) -> tuple[float | None, str]:
+    """Good rows a sample made: what the last run of a recipe of this name gave, else an assumption."""
+    for folder in sorted((home / "runs").glob(f"{recipe.name}-????????"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            fates = RunFolder(folder).fates
+        except GristmillError:
+            continue  # a run of another layout tells nothing
+        made = fates.filter(pl.col("fate").is_in(["accepted", "surplus", "rejected"])).height
+        good = fates.filter(pl.col("fate").is_in(["accepted", "surplus"])).height
+        if made and good:
+            return good / made, f"{good / made:.0%} of the samples pass, as in {folder.name}"
+    return None, f"{ASSUMED_RATE:.0%} of the samples pass (nothing of this name was run yet)"
+
+
+def plan_table(recipe: Recipe, home: Path) -> RenderableType:
+    """The plan as a table for a terminal."""
+    plan = make_plan(recipe, home)
+    labels = plan.seeds["label"].drop_nulls().n_unique()
+    seeds = f"{plan.seeds.height} seeds" + (f" of {labels} labels" if labels else "")
+    seeds += f", {plan.holdout} more set aside for test" if plan.holdout else ""
+    seeds += f", {plan.unreadable} lines unreadable or repeated" if plan.unreadable else ""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("stage", "asks", "calls", "in ledger", "tokens in", "tokens out", "cost", "at most", "time"):
+        table.add_column(name, justify="left" if name in ("stage", "asks") else "right")
+    for e in plan.estimates:
+        table.add_row(
+            e.stage,
+            e.teacher,
+            f"{e.calls:,}",
+            f"{e.in_ledger:,}",
+            f"{e.tokens_in:,}",
+            f"{e.tokens_out:,}",
+            dollars(e.micro_usd),
+            dollars(e.worst_micro_usd),
+            duration(e.seconds),
+        )
+    known = all(e.micro_usd is not None for e in plan.estimates)
+    total = sum(e.micro_usd or 0 for e in plan.estimates) if known else None
+    budget = recipe.target.budget_usd
+    lines = [
+        f"{recipe.name}: {seeds}; wanted: {recipe.target.accepted} accepted rows"
+        + (f", balanced by {recipe.target.balance}" if recipe.target.balance else ""),
+        "in all: "
+        + dollars(total)
+        + (f" of a budget of ${budget:g}" if budget is not None else "")
+        + f", about {duration(max((e.seconds for e in plan.estimates), default=0))} of asking",
+        "this rests on: " + "; ".join(plan.assumptions),
+        f"run it: its folder will be {recipe.run_folder(home)}",
+    ]
+    return Group(Text(lines[0]), Text(), table, Text(), *(Text(line) for line in lines[1:]))
+
+
+class _NoLedger:
+    """Stands for a ledger that does not exist yet: `plan` writes nothing, not even an empty one."""
+
+    def __enter__(self) -> _NoLedger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def pace(self, provider: str, model: str) -> float | None:
+        return None
+
+    def settled(self, key: str) -> bool:
+        return False
+
+
+class _Still:
+    """`factory.stage.Context` in which nothing can be asked."""
+
+    def __init__(self, recipe: Recipe, stage: str, seeds: pl.DataFrame | None = None, needs: Sequence[Need] = ()) -> None:
+        self.stage, self.round, self.needs = stage, 1 if needs else 0, needs
+        self.rng = random.Random(f"{recipe.seed}/{stage}/{self.round}")
+        self.seeds = self.kept = SAMPLES.to_frame() if seeds is None else seeds
+        self.teachers = tuple(recipe.teachers)
+
+    def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
+        raise RuntimeError(f"stage {self.stage} asked during a plan")
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        raise RuntimeError(f"stage {self.stage} embedded during a plan")
+
+    def report(self, name: str, value: Any) -> None:
+        pass
+
+    def progress(self, done: int, total: int | None = None) -> None:
+        pass

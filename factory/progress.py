@@ -1,0 +1,186 @@
+"""What a run shows while it works: one plain state that the run writes and a view reads, so that neither waits for the other."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class Meter(Protocol):
+    """The gateway's running totals."""
+
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def answered(self) -> int: ...
+    @property
+    def from_ledger(self) -> int: ...
+    @property
+    def tokens_out(self) -> int: ...
+    @property
+    def micro_usd(self) -> int: ...
+
+
+@dataclass
+class StageState:
+    """How far one stage of the round at hand is."""
+
+    folder: str
+    state: Literal["waiting", "working", "done"] = "waiting"
+    done: int = 0
+    total: int | None = None
+    kept: int = 0
+    rejected: int = 0
+    asks: bool = False
+
+
+@dataclass
+class RunState:
+    """Where a run stands; written by the run alone."""
+
+    name: str
+    wanted: int
+    budget_micro_usd: int | None
+    round: int = 0
+    accepted: int = 0
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)  # place -> (have, wanted)
+    stages: list[StageState] = field(default_factory=list)
+    meter: Meter | None = None
+    note: str = ""
+    started: float = field(default_factory=time.monotonic)
+
+    def seconds_left(self) -> float | None:
+        """A guess at the time to the target: the pace of accepted rows so far, held; None before there is one."""
+        if not self.accepted or self.accepted >= self.wanted:
+            return None
+        return (time.monotonic() - self.started) / self.accepted * (self.wanted - self.accepted)
+
+
+@contextmanager
+def shown(state: RunState, style: Literal["auto", "live", "plain", "quiet"] = "auto", out: TextIO | None = None) -> Iterator[None]:
+    """Show `state` while the body runs: a live view on a terminal, a line a stage elsewhere, nothing when quiet."""
+    out = out or sys.stderr
+    if style == "auto":
+        style = "live" if out.isatty() else "plain"
+    if style == "quiet":
+        yield
+    elif style == "live":
+        with _live(state, out):
+            yield
+    else:
+        with _plain(state, out):
+            yield
+
+
+@contextmanager
+def _live(state: RunState, out: TextIO) -> Iterator[None]:
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(get_renderable=lambda: render(state), console=Console(file=out), refresh_per_second=4, transient=True):
+        yield
+
+
+@contextmanager
+def _plain(state: RunState, out: TextIO) -> Iterator[None]:
+    """A line when a stage ends, and one every half minute in between."""
+    stop = threading.Event()
+    said: set[tuple[int, str]] = set()
+    beat = time.monotonic()
+
+    def say() -> None:
+        nonlocal beat
+        for stage in list(state.stages):
+            if stage.state == "done" and (state.round, stage.folder) not in said:
+                said.add((state.round, stage.folder))
+                print(f"round {state.round:02d} {stage.folder:<14} {_counts(stage)}", file=out, flush=True)
+                beat = time.monotonic()
+        if time.monotonic() - beat > 30:
+            beat = time.monotonic()
+            print(f"round {state.round:02d} {summary(state)}", file=out, flush=True)
+
+    def loop() -> None:
+        while not stop.wait(0.2):
+            say()
+
+    thread = threading.Thread(target=loop, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        say()
+
+
+def summary(state: RunState) -> str:
+    """One line: accepted against wanted, answers, tokens a second, money, time left."""
+    elapsed = max(time.monotonic() - state.started, 0.001)
+    parts = [f"{state.accepted}/{state.wanted} accepted"]
+    if state.meter:
+        m = state.meter
+        fresh = m.answered - m.from_ledger
+        parts += [
+            f"{m.answered} answers ({m.from_ledger} from the ledger)",
+            f"{fresh / elapsed:.1f} calls/s",
+            f"{m.tokens_out / elapsed:.0f} tokens/s",
+        ]
+        parts += [
+            f"{m.in_flight} in flight",
+            dollars(m.micro_usd) + (f" of {dollars(state.budget_micro_usd)}" if state.budget_micro_usd is not None else ""),
+        ]
+    parts.append(duration(elapsed))
+    if (left := state.seconds_left()) is not None:
+        parts.append(f"about {duration(left)} left")
+    return " · ".join(parts)
+
+
+def render(state: RunState) -> RenderableType:
+    """The live view: stages of the round at hand, the places of the target filling, and the summary."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    stages = Table.grid(padding=(0, 2))
+    for stage in state.stages:
+        mark = {"waiting": "·", "working": "▸", "done": "✓"}[stage.state]
+        stages.add_row(mark, stage.folder, _counts(stage) if stage.state != "waiting" else "")
+    places = Table.grid(padding=(0, 2))
+    for place, (have, wanted) in sorted(state.places.items()):
+        places.add_row("", place, ProgressBar(total=max(wanted, 1), completed=have, width=24), f"{have}/{wanted}")
+    head = Text.assemble((state.name, "bold"), f"  round {state.round}")
+    return Group(
+        head, stages, places, ProgressBar(total=state.wanted, completed=state.accepted, width=48), Text(summary(state)), Text(state.note)
+    )
+
+
+def _counts(stage: StageState) -> str:
+    done = f"{stage.done}" + (f"/{stage.total}" if stage.total is not None and stage.asks else "")
+    return f"{done} answers, {stage.kept} samples" if stage.asks else f"{done} judged, {stage.kept} kept, {stage.rejected} rejected"
+
+
+def dollars(micro_usd: int | None) -> str:
+    """`$1.23`; four decimals below a cent; `unknown` for None."""
+    if micro_usd is None:
+        return "unknown"
+    usd = micro_usd / 1_000_000
+    return f"${usd:.2f}" if usd >= 0.01 or usd == 0 else f"${usd:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,359 @@
+"""Reads a recipe and says everything that is wrong with it at once, with line numbers, before a cent is spent."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from factory import plugins
+from factory.errors import GristmillError, Problem, RecipeError
+from factory.stage import Generator, RecipeFile, Stage, TeacherNames
+from factory.teacher import Teacher
+from schemas.canonical import canonical_json
+from schemas.recipe import EmbedderChoice, ReleasePlan, Target
+
+RECIPE_FILE = "recipe.yaml"
+
+# What is not the identity of a run: a change here goes on in the same folder.
+NOT_IDENTITY = {
+    "target": {"budget_usd": "more money goes on where less stopped", "rounds": "so do more rounds"},
+    "teachers": {
+        "concurrency": "changes the speed, not the answers",
+        "timeout_s": "as above",
+        "retries": "as above",
+        "price": "changes the bill, not the answers",
+        "licence": "is written down, not asked",
+        "api_key_env": "who pays, not what is answered",
+    },
+}
+
+_TOP = {
+    "name": "what the dataset is called",
+    "seed": "random seed",
+    "target": "what is wanted",
+    "embedder": "which model makes vectors",
+    "teachers": "who is asked",
+    "stages": "what is done",
+    "release": "how a version is cut",
+}
+
+Where = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class StageLine:
+    """One line of a recipe: its stage, and the folder of its output (item n is `0n-key`)."""
+
+    folder: str
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that can be run: every part validated, every path absolute."""
+
+    path: Path
+    text: str
+    name: str
+    target: Target
+    teachers: Mapping[str, Teacher]
+    stages: tuple[StageLine, ...]
+    embedder: EmbedderChoice = EmbedderChoice()
+    release: ReleasePlan = ReleasePlan()
+    seed: int = 0
+
+    @cached_property
+    def digest(self) -> str:
+        """Eight hex digits over all that changes what a run makes: parts, stages, and the bytes of the files that they name."""
+        files = {str(field): hashlib.sha256(_bytes(path)).hexdigest() for field, path in self._files()}
+        paths = {str(path) for _, path in self._files()}
+        stages = [[line.stage.key, _without_paths(line.stage.model_dump(mode="json"), paths)] for line in self.stages]
+        identity = {
+            "name": self.name,
+            "seed": self.seed,
+            "target": self.target.model_dump(mode="json", exclude=set(NOT_IDENTITY["target"])),
+            "embedder": self.embedder.model_dump(mode="json"),
+            "teachers": {
+                name: [teacher.kind, teacher.model_dump(mode="json", exclude=set(NOT_IDENTITY["teachers"]))]
+                for name, teacher in self.teachers.items()
+            },
+            "stages": stages,
+            "files": files,
+        }
+        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:8]
+
+    def run_folder(self, home: Path) -> Path:
+        """Where this recipe's run lives."""
+        return home / "runs" / f"{self.name}-{self.digest}"
+
+    def _files(self) -> list[tuple[str, Path]]:
+        return [
+            (f"{line.folder}.{name}", getattr(line.stage, name))
+            for line in self.stages
+            for name in _marked(type(line.stage), RecipeFile)
+            if getattr(line.stage, name) is not None
+        ]
+
+
+def find_recipe(where: Path) -> Path:
+    """The recipe's file: `where` itself, or `recipe.yaml` in that folder."""
+    path = where / RECIPE_FILE if where.is_dir() else where
+    if not path.is_file():
+        raise GristmillError(
+            "there is no recipe here",
+            where=str(path),
+            next=f"Name a recipe or its folder; `gristmill init {where}` writes one to start from.",
+        )
+    return path
+
+
+def load_recipe(where: Path) -> Recipe:
+    """Read and check a recipe; RecipeError carries every problem that was found."""
+    path = find_recipe(where)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError([Problem(f"not UTF-8: {error}", str(path))]) from error
+    return _Reading(path, text).recipe()
+
+
+class _Reading:
+    """One pass over a recipe's text, which gathers problems as it goes."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text = path, text
+        self.problems: list[Problem] = []
+        self.lines: dict[Where, int] = {}
+
+    def recipe(self) -> Recipe:
+        data = self._parse()
+        self._unknown_keys(data, _TOP, ())
+        name = data.get("name", self.path.resolve().parent.name)
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+            self._problem(("name",), f"name {name!r} must be lower-case letters, digits, '.', '_' and '-': it becomes a folder")
+        seed = data.get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            self._problem(("seed",), "seed is a whole number")
+        if "target" not in data:
+            self._problem((), "target is missing: say how many rows are wanted, e.g. target: {accepted: 200}")
+        target = self._part(Target, data.get("target", {"accepted": 1}), ("target",))
+        embedder = self._part(EmbedderChoice, data.get("embedder", {}), ("embedder",))
+        release = self._part(ReleasePlan, data.get("release", {}), ("release",))
+        teachers = self._teachers(data.get("teachers", {}))
+        stages = self._stages(data.get("stages"), list(data.get("teachers") or {}))
+        self._money(target, teachers)
+        if self.problems:
+            raise RecipeError(sorted(self.problems, key=lambda problem: problem.line or 0))
+        assert target and embedder and release
+        return Recipe(self.path, self.text, name, target, teachers, stages, embedder, release, seed)
+
+    def _parse(self) -> dict[str, Any]:
+        try:
+            node = yaml.compose(self.text, Loader=yaml.SafeLoader)
+            if node is None:
+                raise RecipeError([Problem("the recipe is empty", str(self.path))])
+            self._locate(node, ())
+            data = yaml.safe_load(self.text)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise RecipeError(
+                [Problem(f"not YAML: {error.problem or error.context}", str(self.path), mark.line + 1 if mark else None)]
+            ) from error
+        except yaml.YAMLError as error:
+            raise RecipeError([Problem(f"not YAML: {error}", str(self.path))]) from error
+        if not isinstance(data, dict):
+            raise RecipeError([Problem("a recipe is a mapping with the keys " + ", ".join(_TOP), str(self.path), 1)])
+        return data
+
+    def _locate(self, node: yaml.Node, where: Where, seen: frozenset[int] = frozenset()) -> None:
+        """Note the line of every value, and report keys that stand twice (YAML would keep the last and say nothing)."""
+        self.lines.setdefault(where, node.start_mark.line + 1)
+        if id(node) in seen:
+            raise RecipeError([Problem("an alias that contains itself", str(self.path), node.start_mark.line + 1)])
+        seen |= {id(node)}
+        if isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                inner = (*where, str(key.value))
+                if key.value in keys:
+                    self.problems.append(Problem(f"the key {key.value!r} stands twice", str(self.path), key.start_mark.line + 1))
+                keys.add(str(key.value))
+                self.lines[inner] = key.start_mark.line + 1
+                self._locate(value, inner, seen)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                self._locate(value, (*where, i), seen)
+
+    def _problem(self, where: Where, message: str) -> None:
+        while where and where not in self.lines:
+            where = where[:-1]
+        self.problems.append(Problem(message, str(self.path), self.lines.get(where)))
+
+    def _unknown_keys(self, data: Mapping[str, Any], known: Iterable[str], where: Where) -> None:
+        for key in data:
+            if key not in known:
+                self._problem((*where, str(key)), f"unknown key {key!r}{did_you_mean(str(key), known)}")
+
+    def _part(self, model: type[BaseModel], value: Any, where: Where) -> Any:
+        """`value` as a `model`, or None with the problems noted."""
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            known = ", ".join(model.model_fields) or "none"
+            self._problem(where, f"{where[-1]} takes keys and values ({known}), not {value!r}")
+            return None
+        try:
+            return model.model_validate(value)
+        except ValidationError as error:
+            for detail in error.errors():
+                self._problem((*where, *detail["loc"]), _sentence(detail, where, model))
+            return None
+
+    def _teachers(self, value: Any) -> dict[str, Teacher]:
+        teachers: dict[str, Teacher] = {}
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            self._problem(("teachers",), "teachers are names with settings, e.g. small: {kind: local, model: smollm2-135m-instruct}")
+            return teachers
+        for name, settings in value.items():
+            where: Where = ("teachers", str(name))
+            if not isinstance(settings, dict) or "kind" not in settings:
+                self._problem(where, f"teacher {name!r} has no kind; kinds: {', '.join(plugins.names(plugins.TEACHERS))}")
+                continue
+            kind = settings["kind"]
+            try:
+                model = plugins.teacher_class(str(kind))
+            except KeyError:
+                known = plugins.names(plugins.TEACHERS)
+                self._problem(
+                    (*where, "kind"), f"unknown kind of teacher {kind!r}{did_you_mean(str(kind), known)}; kinds: {', '.join(known)}"
+                )
+                continue
+            except GristmillError as error:
+                self._problem((*where, "kind"), error.what)
+                continue
+            teacher = self._part(model, {key: v for key, v in settings.items() if key != "kind"}, where)
+            if teacher is not None:
+                teachers[str(name)] = teacher
+                if trouble := teacher.check():
+                    self._problem(where, f"teacher {name!r}: {trouble}")
+        return teachers
+
+    def _stages(self, value: Any, teachers: Sequence[str]) -> tuple[StageLine, ...]:
+        lines: list[StageLine] = []
+        if not isinstance(value, list) or not value:
+            self._problem(("stages",), "stages is a list, one `- key: {settings}` a line, that starts with `- seeds:`")
+            return ()
+        for i, item in enumerate(value):
+            where: Where = ("stages", i)
+            if isinstance(item, str):
+                item = {item: {}}
+            if not isinstance(item, dict) or len(item) != 1:
+                self._problem(where, "a stage is one key with its settings, e.g. `- near: {threshold: 0.8}`")
+                continue
+            key, settings = next(iter(item.items()))
+            try:
+                model = plugins.stage_class(str(key))
+            except KeyError:
+                known = plugins.names(plugins.STAGES)
+                self._problem((*where, str(key)), f"unknown stage {key!r}{did_you_mean(str(key), known)}; stages: {', '.join(known)}")
+                continue
+            except GristmillError as error:
+                self._problem((*where, str(key)), error.what)
+                continue
+            stage = self._part(model, self._absolute(model, settings), (*where, str(key)))
+            if stage is not None:
+                self._check_marks(stage, (*where, str(key)), teachers)
+                lines.append(StageLine(f"{i + 1:02d}-{key}", stage))
+        if lines and not any(isinstance(line.stage, Generator) and line.stage.once for line in lines):
+            self._problem(("stages",), "no stage brings seeds in: start with `- seeds: {path: seeds.jsonl}`")
+        return tuple(lines)
+
+    def _absolute(self, model: type[Stage], settings: Any) -> Any:
+        """Settings with the paths of the recipe's files made absolute: they are relative to the recipe."""
+        if not isinstance(settings, dict):
+            return settings
+        marked = _marked(model, RecipeFile)
+        return {
+            k: self.path.resolve().parent / Path(v).expanduser() if k in marked and isinstance(v, str) else v for k, v in settings.items()
+        }
+
+    def _check_marks(self, stage: Stage, where: Where, teachers: Sequence[str]) -> None:
+        for name, mark in _marked(type(stage), RecipeFile).items():
+            path = getattr(stage, name)
+            if path is not None and mark.must_exist and not path.exists():
+                near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+                self._problem((*where, name), f"there is no file {path}{did_you_mean(path.name, near)}")
+        for name in _marked(type(stage), TeacherNames):
+            for teacher in getattr(stage, name) or ():
+                if teacher not in teachers:
+                    self._problem((*where, name), f"no teacher is called {teacher!r}{did_you_mean(teacher, teachers)}")
+            if not teachers:
+                self._problem(where, f"{where[-1]} asks a model, but the recipe names no teachers")
+
+    def _money(self, target: Target | None, teachers: Mapping[str, Teacher]) -> None:
+        if target is None or target.budget_usd is None:
+            return
+        for name, teacher in teachers.items():
+            if teacher.known_price() is None:
+                self._problem(
+                    ("teachers", name),
+                    f"the price of teacher {name!r} is unknown, so the budget can't be kept: "
+                    "add price: {input_usd_per_mtok: …, output_usd_per_mtok: …}, or remove budget_usd",
+                )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _sentence(detail: ErrorDetails, where: Where, model: type[BaseModel]) -> str:
+    """A pydantic error in a recipe's words."""
+    inner = [str(part) for part in detail["loc"]]
+    key = ".".join([str(where[-1]), *inner])
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(model, detail["loc"][:-1])
+        return f"unknown key {inner[-1]!r} in {where[-1]}{did_you_mean(inner[-1], known)}; keys: {', '.join(known) or 'none'}"
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}" + ("" if detail["type"] == "value_error" else f" (got {detail['input']!r})")
+
+
+def _fields_at(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    for part in loc:
+        inner = model.model_fields.get(str(part))
+        if inner is None or not (isinstance(inner.annotation, type) and issubclass(inner.annotation, BaseModel)):
+            return []
+        model = inner.annotation
+    return list(model.model_fields)
+
+
+def _marked(model: type[BaseModel], mark: type[Any]) -> dict[str, Any]:
+    """The fields of a model whose annotation carries such a mark."""
+    return {name: m for name, field in model.model_fields.items() for m in field.metadata if isinstance(m, mark)}
+
+
+def _bytes(path: Path) -> bytes:
+    """A file's bytes; a folder's: those of its files, by name."""
+    if path.is_dir():
+        return b"".join(p.name.encode() + p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file())
+    return path.read_bytes()
+
+
+def _without_paths(settings: dict[str, Any], paths: set[str]) -> dict[str, Any]:
+    """Settings without absolute paths: a moved folder is the same recipe, since the files' bytes are hashed beside."""
+    return {key: None if isinstance(value, str) and value in paths else value for key, value in settings.items()}

@@ -1,0 +1,160 @@
+"""What a run's folder says: its samples, verdicts and failures, the fate of every sample, and the funnel.
+
+A dataset is a query over samples and verdicts, and this is the query. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from factory.store import FAILURES, SAMPLES, VERDICTS, read_frame, read_json
+
+TARGET = "target"
+
+
+@dataclass(frozen=True)
+class FunnelRow:
+    """What one stage did, over all rounds; `lost` and `rejected` count by reason."""
+
+    stage: str
+    kind: str  # source, generator, filter, target
+    asked: int = 0
+    answered: int = 0
+    unanswered: Counter[str] = field(default_factory=Counter)
+    made: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    judged: int = 0
+    kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    from_ledger: int = 0
+    micro_usd: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk, complete or not; only stages that finished are read."""
+
+    path: Path
+
+    def stage_folders(self) -> Iterator[Path]:
+        """The folders of stages that finished, in the order in which they ran."""
+        for round_folder in sorted(self.path.glob("round-*")):
+            for folder in sorted(round_folder.iterdir()):  # "target" sorts behind the numbered ones
+                if (folder / "stage.json").exists():
+                    yield folder
+
+    @cached_property
+    def stages(self) -> list[dict[str, Any]]:
+        """The `stage.json` of every stage that finished."""
+        return [read_json(folder / "stage.json") for folder in self.stage_folders()]
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        """`run.json`: status ("running", "done", "short", "stopped"), reason, rounds, money (micro_usd), seconds."""
+        status: dict[str, Any] = read_json(self.path / "run.json")
+        return status
+
+    @cached_property
+    def samples(self) -> pl.DataFrame:
+        """Every sample that was made or read, as `SAMPLES`; ids are unique."""
+        frames = [read_frame(f / "samples.parquet", SAMPLES) for f in self.stage_folders() if (f / "samples.parquet").exists()]
+        return pl.concat([SAMPLES.to_frame(), *frames])
+
+    @cached_property
+    def verdicts(self) -> pl.DataFrame:
+        """Every verdict, in the order in which it was given, as `VERDICTS` and `round`."""
+        frames = [
+            read_frame(f / "verdicts.parquet", VERDICTS).with_columns(round=pl.lit(_round_of(f), pl.Int64))
+            for f in self.stage_folders()
+            if (f / "verdicts.parquet").exists()
+        ]
+        return pl.concat([pl.Schema({**VERDICTS, "round": pl.Int64()}).to_frame(), *frames])
+
+    @cached_property
+    def failures(self) -> pl.DataFrame:
+        """Everything that was to become a sample and did not, as `FAILURES`, `stage` and `round`."""
+        frames = [
+            read_frame(f / "failures.parquet", FAILURES).with_columns(stage=pl.lit(f.name), round=pl.lit(_round_of(f), pl.Int64))
+            for f in self.stage_folders()
+            if (f / "failures.parquet").exists()
+        ]
+        return pl.concat([pl.Schema({**FAILURES, "stage": pl.String(), "round": pl.Int64()}).to_frame(), *frames])
+
+    @cached_property
+    def fates(self) -> pl.DataFrame:
+        """What became of every sample: `id`, `fate`, `by`, `reason`, `score`; as many rows as `samples`.
+
+        fate: "real" (a seed), "holdout" (a seed set aside for test), "accepted", "rejected" (with the filter that did it and
+        its reason), "surplus" (good, but its place was full), or "pending" (its round has not ended).
+        """
+        last = self.verdicts.group_by("sample", "by", maintain_order=True).last()
+        rejecting = last.filter(~pl.col("keep")).group_by("sample", maintain_order=True).first()
+        accepting = last.filter(pl.col("keep") & (pl.col("by") == TARGET))
+        fates = (
+            self.samples.select("id", "origin", "holdout")
+            .join(rejecting.select(pl.col("sample").alias("id"), "by", "reason", "score"), on="id", how="left", maintain_order="left")
+            .join(accepting.select(pl.col("sample").alias("id"), wanted=pl.lit(True)), on="id", how="left", maintain_order="left")
+        )
+        fate = (
+            pl.when(pl.col("holdout"))
+            .then(pl.lit("holdout"))
+            .when(pl.col("origin") == "real")
+            .then(pl.lit("real"))
+            .when(pl.col("by") == TARGET)
+            .then(pl.lit("surplus"))
+            .when(pl.col("by").is_not_null())
+            .then(pl.lit("rejected"))
+            .when(pl.col("wanted"))
+            .then(pl.lit("accepted"))
+            .otherwise(pl.lit("pending"))
+        )
+        return fates.select("id", fate.alias("fate"), "by", "reason", "score")
+
+    def of_fate(self, *fates: str) -> pl.DataFrame:
+        """The samples whose fate is one of these, as `SAMPLES`, in the order in which they were made."""
+        ids = self.fates.filter(pl.col("fate").is_in(fates)).select("id")
+        return self.samples.join(ids, on="id", how="semi", maintain_order="left")
+
+    @cached_property
+    def accepted(self) -> pl.DataFrame:
+        """The made samples that reached the target, as `SAMPLES`."""
+        return self.of_fate("accepted")
+
+    @cached_property
+    def clusters(self) -> pl.DataFrame:
+        """The last coverage verdict of each sample: `sample`, `cluster` (-1: none), `name`; empty without a coverage stage."""
+        decoded = (
+            self.verdicts.filter(pl.col("detail").str.contains('"cluster":', literal=True)).group_by("sample", maintain_order=True).last()
+        )
+        fields = pl.Struct({"cluster": pl.Int64(), "name": pl.String()})
+        return decoded.select("sample", pl.col("detail").str.json_decode(fields).alias("d")).unnest("d")
+
+    def funnel(self) -> list[FunnelRow]:
+        """One row a stage of the recipe, summed over rounds, in recipe order and "target" last."""
+        rows: dict[str, FunnelRow] = {}
+        for stage in self.stages:
+            old = rows.get(stage["stage"], FunnelRow(stage["stage"], stage["kind"]))
+            rows[stage["stage"]] = FunnelRow(
+                stage["stage"],
+                stage["kind"],
+                **{name: getattr(old, name) + stage.get(name, 0) for name in _SUMS},
+                **{name: getattr(old, name) + Counter(stage.get(name, {})) for name in ("unanswered", "lost", "rejected")},
+            )
+        return sorted(rows.values(), key=lambda row: row.stage)
+
+
+_SUMS = ("asked", "answered", "made", "judged", "kept", "from_ledger", "micro_usd", "tokens_in", "tokens_out", "seconds")
+
+
+def _round_of(stage_folder: Path) -> int:
+    return int(stage_folder.parent.name.removeprefix("round-"))

@@ -1,0 +1,228 @@
+"""Draws what a run's folder says for a terminal: the funnel, samples, one sample's whole history."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from factory.errors import GristmillError, StoreError
+from factory.progress import dollars, duration
+from factory.records import FunnelRow, RunFolder
+from factory.store import read_json
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+
+def outcome(run: RunFolder) -> RenderableType:
+    """The funnel, what became of the samples, what it cost and took, and how to go on."""
+    status = run.status
+    parts: list[RenderableType] = [funnel_table(run.funnel()), Text()]
+    if balance := places_line(run):
+        parts += [balance, Text()]
+    good = status["status"] == "done"
+    head = Text.assemble(
+        (status["status"], "bold green" if good else "bold yellow"),
+        f": {status.get('accepted', 0)} of {status.get('wanted', '?')} rows accepted in {status.get('rounds', 0)} rounds",
+        f" · cost {dollars(status.get('micro_usd'))}",
+        f" · {duration(status.get('seconds', 0))}",
+    )
+    if status.get("reason"):
+        head.append(f"\n{status['reason']}", "yellow")
+    if lost := status.get("lost_micro_usd"):
+        head.append(f"\nup to {dollars(lost)} of that may have been paid for answers that were lost when a process died", "yellow")
+    return Group(*parts, head, Text(f"run: {run.path}"))
+
+
+def funnel_table(funnel: list[FunnelRow], released: dict[str, int] | None = None) -> Table:
+    """asked -> answered -> parsed -> each filter's rejects with their reasons -> accepted -> released."""
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage")
+    for name in ("in", "out"):
+        table.add_column(name, justify="right")
+    table.add_column("lost on the way", overflow="fold")
+    for row in funnel:
+        if row.kind == "source":
+            table.add_row(row.stage, str(row.made + row.lost.total()), str(row.made), reasons(row.lost))
+        elif row.kind == "generator":
+            ledger = f", {row.from_ledger} from the ledger" if row.from_ledger else ""
+            table.add_row(
+                f"{row.stage} asked", str(row.asked), str(row.answered), reasons(row.unanswered) + (f"answered{ledger}" if ledger else "")
+            )
+            parsed = row.lost - row.unanswered
+            parsed.pop("unanswered", None)
+            table.add_row(f"{row.stage} parsed", str(row.made + parsed.total()), str(row.made), reasons(parsed))
+        elif row.kind == "filter":
+            table.add_row(row.stage, str(row.judged), str(row.kept), reasons(row.rejected))
+        else:
+            table.add_row("accepted", str(row.judged), str(row.kept), reasons(row.rejected), style="bold")
+    if released:
+        table.add_row("released", "", str(sum(released.values())), ", ".join(f"{n} {split}" for split, n in released.items()), style="bold")
+    return table
+
+
+def reasons(counts: Counter[str]) -> str:
+    """`12 too long, 3 copied`, the most frequent first."""
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def places_line(run: RunFolder) -> Text | None:
+    """Rows a label, where the target balances labels."""
+    places = run.status.get("places") or {}
+    accepted = dict(run.accepted["label"].value_counts().iter_rows()) if places else {}
+    if not places:
+        return None
+    return Text(
+        "accepted by label: " + ", ".join(f"{label} {accepted.get(label, 0)}/{wanted}" for label, (_, wanted) in sorted(places.items()))
+    )
+
+
+def pick(run: RunFolder, number: int, *, rejected: bool, reason: str | None, label: str | None) -> RenderableType:
+    """Some samples, spread evenly over those that match."""
+    chosen = run.samples.join(run.fates, on="id", maintain_order="left")
+    chosen = chosen.filter(pl.col("fate") == ("rejected" if rejected else "accepted"))
+    if reason:
+        chosen = chosen.filter(pl.col("reason") == reason)
+        if chosen.is_empty():
+            known = run.fates.filter(pl.col("fate") == "rejected")["reason"].unique().sort().to_list()
+            raise GristmillError(
+                f"no sample was rejected as {reason!r}", next=f"Reasons of this run: {', '.join(map(str, known)) or 'none'}"
+            )
+    if label:
+        chosen = chosen.filter(pl.col("label") == label)
+    if chosen.is_empty():
+        return Text("no such samples")
+    step = max(chosen.height // max(number, 1), 1)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("id", no_wrap=True)
+    table.add_column("rejected" if rejected else "output", overflow="fold", max_width=44)
+    table.add_column("input", overflow="fold")
+    for row in chosen.gather_every(step).head(number).iter_rows(named=True):
+        why = row["reason"] if rejected else row["output"]
+        score = f" ({row['score']:.2f})" if rejected and row["score"] is not None else ""
+        table.add_row(row["id"][:10], Text(f"{why}{score}"), Text(row["input"]))
+    return table
+
+
+def failed(run: RunFolder, number: int) -> RenderableType:
+    """What never became a sample, with its reason and text."""
+    if run.failures.is_empty():
+        return Text("nothing failed")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("stage", "reason", "detail", "text"):
+        table.add_column(name, overflow="fold")
+    for row in run.failures.head(number).iter_rows(named=True):
+        table.add_row(row["stage"], row["reason"], Text(f"{row['source'] or ''} {row['detail']}".strip()), Text(row["text"][:200]))
+    return table
+
+
+def history(run: RunFolder, prefix: str, home: Path) -> RenderableType:
+    """One sample from its parents to its fate: what was shown, asked and answered, and every opinion about it."""
+    found = run.samples.filter(pl.col("id").str.starts_with(prefix))
+    if found.height != 1:
+        raise GristmillError(
+            f"{found.height} samples have an id that starts with {prefix!r}", next="Ids stand in the first column of `gristmill show`."
+        )
+    row = found.row(0, named=True)
+    fate = run.fates.row(by_predicate=pl.col("id") == row["id"], named=True)
+    facts = Table.grid(padding=(0, 2))
+    for name in ("id", "kind", "label", "origin", "generator", "round", "teacher", "template", "source", "call"):
+        if row[name] is not None:
+            facts.add_row(name, Text(str(row[name])))
+    for name in ("axes", "meta"):
+        if row[name] != "{}":
+            facts.add_row(name, Text(row[name]))
+    facts.add_row("fate", Text(" ".join(str(fate[k]) for k in ("fate", "by", "reason") if fate[k])))
+    parts: list[RenderableType] = [facts, Panel(_content(row), title="content", title_align="left")]
+    parents = run.samples.filter(pl.col("id").is_in(row["parents"]))
+    if parents.height:
+        lines = Text("\n").join(Text(f"{p['id'][:10]}  {p['input']}  →  {p['output']}") for p in parents.iter_rows(named=True))
+        parts.append(Panel(lines, title="parents: the samples that its prompt showed", title_align="left"))
+    if row["call"]:
+        parts += _asked(row["call"], home)
+    opinions = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("by", "round", "keep", "score", "reason", "detail"):
+        opinions.add_column(name, overflow="fold")
+    for v in run.verdicts.filter(pl.col("sample") == row["id"]).iter_rows(named=True):
+        score = "" if v["score"] is None else f"{v['score']:.3f}"
+        opinions.add_row(
+            v["by"],
+            str(v["round"]),
+            "keep" if v["keep"] else "reject",
+            score,
+            v["reason"] or "",
+            Text("" if v["detail"] == "{}" else v["detail"]),
+        )
+    return Group(*parts, opinions)
+
+
+def _content(row: dict[str, Any]) -> Text:
+    if row["text"] is not None:
+        return Text(row["text"])
+    blocks = [(m["role"], m["content"]) for m in row["messages"]]
+    blocks += [("chosen", m["content"]) for m in row["chosen"]] + [("rejected", m["content"]) for m in row["rejected"]]
+    return Text("\n").join(Text.assemble((f"{role}: ", "bold"), content) for role, content in blocks)
+
+
+def _asked(key: str, home: Path) -> list[RenderableType]:
+    """The call that a sample was parsed from, out of the ledger."""
+    from factory.ledger import Ledger
+    from factory.run import LEDGER_FILE
+
+    with Ledger.open(home / LEDGER_FILE) as ledger:
+        record = ledger.get(key)
+    if record is None or record.answer is None:
+        return []
+    request = json.loads(record.question.request)
+    asked = request.get("prompt") or "\n".join(f"{m['role']}: {m['content']}" for m in request.get("messages", []))
+    title = f"answered ({record.question.provider}, {record.question.model}, {dollars(record.answer.micro_usd)})"
+    answer = Panel(Text(record.answer.reply.text), title=title, title_align="left")
+    return [Panel(Text(asked), title="asked", title_align="left"), answer]
+
+
+def released(run: RunFolder, version: Path) -> RenderableType:
+    """The funnel down to the released rows, what it cost and took, and where everything lies."""
+    manifest = read_json(version / "manifest.json")
+    splits = {Path(name).stem: entry["rows"] for name, entry in manifest["files"].items() if name.endswith(".jsonl")}
+    status = run.status
+    lines = Text.assemble(
+        ("released ", "bold green"),
+        f"{sum(splits.values())} rows as {manifest['name']} {manifest['version']}",
+        f" · cost {dollars(status['micro_usd'])} · run took {duration(status['seconds'])}\n",
+        f"dataset: {version}\nreport:  {version / 'report.html'}",
+    )
+    return Group(funnel_table(run.funnel(), splits), Text(), lines)
+
+
+def ledger_table(home: Path) -> RenderableType:
+    """Calls, tokens and money by run and teacher."""
+    from factory.ledger import Ledger
+    from factory.run import LEDGER_FILE
+
+    path = home / LEDGER_FILE
+    if not path.exists():
+        raise StoreError("there is no ledger here: nothing was asked yet", where=str(path))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "answers", "failed", "lost", "tokens in", "tokens out", "cost"):
+        table.add_column(name, justify="right" if name else "left")
+    with Ledger.open(path) as ledger:
+        for by in ("run", "teacher"):
+            for row in ledger.sums(by):
+                cost = dollars(row.micro_usd) + (f" + {row.unpriced} unpriced" if row.unpriced else "")
+                table.add_row(
+                    f"{by} {row.name}",
+                    f"{row.settled:,}",
+                    str(row.failed),
+                    str(row.lost),
+                    f"{row.tokens_in:,}",
+                    f"{row.tokens_out:,}",
+                    cost,
+                )
+    return table

@@ -1,0 +1,128 @@
+"""The two signatures that carry the system: a Generator makes samples, a Filter gives verdicts. There is no third kind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from schemas.call import Answer, Call
+from schemas.sample import Failure, Sample
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Need:
+    """A place of the target that is still thin.
+
+    `label` or `cluster` names the place (both None: anywhere). `missing` is how many accepted rows it lacks; `rate` how many
+    accepted rows a sample asked for has given there so far (None before the first round). `exemplars` are ids of samples
+    that show what the place is like.
+    """
+
+    missing: int
+    label: str | None = None
+    cluster: int | None = None
+    rate: float | None = None
+    exemplars: tuple[str, ...] = ()
+
+
+class Context(Protocol):
+    """All that a stage may know of the world.
+
+    `seeds` are the real samples that a teacher may see; `kept` all that was accepted before this round (seeds included);
+    both are frames as in `factory.store.SAMPLES`. `rng` is seeded by recipe seed, stage and round, so a repeated run asks
+    the same questions.
+    """
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def round(self) -> int: ...
+    @property
+    def rng(self) -> random.Random: ...
+    @property
+    def seeds(self) -> pl.DataFrame: ...
+    @property
+    def kept(self) -> pl.DataFrame: ...
+    @property
+    def needs(self) -> Sequence[Need]: ...
+    @property
+    def teachers(self) -> Sequence[str]: ...
+
+    def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
+        """Yield answers as they complete: the one door to any model. Calls are pulled as slots become free."""
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors, one a text, shape (n, d), float32, cached by content."""
+
+    def report(self, name: str, value: Any) -> None:
+        """Keep a JSON value in this stage's `stage.json`, for the report."""
+
+    def progress(self, done: int, total: int | None = None) -> None:
+        """Tell the live view how far this stage is."""
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """Marks a stage's field as a file of the recipe: `Annotated[Path, RecipeFile()]`.
+
+    The loader makes it absolute (relative to the recipe), reports it when it is missing, and hashes its bytes into the
+    identity of the run.
+    """
+
+    must_exist: bool = True
+
+
+@dataclass(frozen=True)
+class TeacherNames:
+    """Marks a field that names teachers of the recipe, so that the loader checks them: `Annotated[tuple[str, ...], TeacherNames()]`."""
+
+
+class Stage(BaseModel):
+    """One line of a recipe; its fields are its keys there. `key` is its entry point's name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: ClassVar[str]
+
+
+class Generator(Stage):
+    """Makes samples. `once`: a source, run a single time before the first round (round 0)."""
+
+    once: ClassVar[bool] = False
+
+    def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+        """Yield samples, and a Failure for whatever was to become one and did not. `samples`: what is kept so far."""
+        raise NotImplementedError
+
+    def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterable[Call]:
+        """The calls that `generate` would make now, for `plan`; asks nothing. A source makes none."""
+        return ()
+
+
+class Filter(Stage):
+    """Gives verdicts.
+
+    scope "sample": may be handed any batch of new samples. "dataset": is handed all new samples of the round at once and
+    compares them with `ctx.kept`. "pool": is handed all that is kept, seeds and earlier rounds included.
+    ranks: its score says how good a row is (higher is better), so the target prefers by it where a place is too full.
+    """
+
+    scope: ClassVar[Literal["sample", "dataset", "pool"]] = "sample"
+    ranks: ClassVar[bool] = False
+
+    def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+        """Give one verdict a row, in any order, as a frame of `factory.store.VERDICTS` without `by` (the runner adds it)."""
+        raise NotImplementedError
+
+    def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterable[Call]:
+        """The calls that `judge` would make for `samples`, for `plan`; asks nothing."""
+        return ()

@@ -1,0 +1,1 @@
+"""Stages that give verdicts; none of them removes anything."""

@@ -1,0 +1,1 @@
+"""The nouns of Gristmill: what flows between stages, and what is written to disk. Imports nothing of ours."""

@@ -1,0 +1,84 @@
+"""The call: one question to one teacher, and its answer. What changes the answer is the call's identity; nothing else is."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from schemas.canonical import content_hash
+from schemas.sample import Message
+
+KEY_VERSION = "c1"
+
+
+class Params(BaseModel):
+    """How a model samples its answer; unset ones are not sent, so the server's default holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: int = Field(256, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stop: tuple[str, ...] = ()
+    extra: dict[str, Any] = Field(default_factory=dict, description="passed to the server as they are")
+
+
+class Call(BaseModel):
+    """One question, as a stage asks it: either `messages` (chat) or `prompt` (raw completion).
+
+    `ref` is the stage's own mark; it comes back with the answer untouched. `draw` asks the same question again on purpose.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher: str
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    params: Params = Params()
+    json_schema: dict[str, Any] | None = None
+    draw: int = 0
+    ref: str = ""
+
+    def key(self, provider: str, model: str) -> str:
+        """The ledger's key: a hash of everything that changes the answer, and of nothing else.
+
+        In: provider and model (who answers), messages or prompt and schema (what is asked), params (how it is sampled), draw
+        (which of several answers). Out: teacher (a name in one recipe), ref (the stage's own), and all of timeouts, retries,
+        addresses and concurrency, which a Call does not even hold.
+        """
+        asked = [[m.role, m.content] for m in self.messages]
+        return content_hash(
+            KEY_VERSION,
+            [provider, model, asked, self.prompt, self.json_schema, self.params.model_dump(exclude_none=True), self.draw],
+        )
+
+
+Finish = Literal["stop", "length", "refused", "other"]
+
+
+class Reply(BaseModel):
+    """What a teacher's server said: text, tokens, and why it stopped ("length" means that it was cut)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str
+    finish: Finish
+    tokens_in: int
+    tokens_out: int
+
+
+class Answer(BaseModel):
+    """What comes back from the gateway for one call: a reply, or the reason why there is none.
+
+    `fresh` is false when the ledger answered. `micro_usd` is what this answer cost when it was bought; None: price unknown.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    call: Call
+    key: str
+    reply: Reply | None
+    error: str | None = None
+    fresh: bool = True
+    micro_usd: int | None = 0

@@ -1,0 +1,153 @@
+"""The manifest: what a released version is, in numbers that can be checked against its files."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MANIFEST_FORMAT = "m1"
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileFacts(_Record):
+    """One file of a version; `rows` where it is a table."""
+
+    sha256: str
+    bytes: int
+    rows: int | None = None
+
+
+class TeacherFacts(_Record):
+    """Who was asked, on what terms, and for how much.
+
+    `micro_usd` is what its answers cost when they were bought; None: its price is unknown, which is not zero.
+    """
+
+    name: str
+    kind: str
+    model: str
+    licence: str | None = None
+    calls: int = 0
+    from_ledger: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    micro_usd: int | None = None
+
+
+class ReleaseFacts(_Record):
+    """What a release and its report say of a run that the run's folder does not hold."""
+
+    recipe: dict[str, Any]
+    embedder: str
+    teachers: tuple[TeacherFacts, ...] = ()
+    seeds_licence: str | None = None
+
+
+class FunnelLine(_Record):
+    """What one stage of the recipe did, over all rounds; the counts by reason say where the rest went."""
+
+    stage: str
+    kind: str
+    asked: int = 0
+    answered: int = 0
+    unanswered: dict[str, int] = Field(default_factory=dict)
+    made: int = 0
+    lost: dict[str, int] = Field(default_factory=dict)
+    judged: int = 0
+    kept: int = 0
+    rejected: dict[str, int] = Field(default_factory=dict)
+    from_ledger: int = 0
+    micro_usd: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
+
+
+class Counts(_Record):
+    """Rows of the version; `cluster` counts by the name that coverage gave, "" stands for none."""
+
+    total: int
+    split: dict[str, int]
+    label: dict[str, int]
+    label_by_split: dict[str, dict[str, int]]
+    origin: dict[str, int]
+    origin_by_split: dict[str, dict[str, int]]
+    teacher: dict[str, int]
+    cluster: dict[str, int]
+
+
+class SplitRule(_Record):
+    """How rows were given to splits: the shares asked for, and the cosine from which rows may not be apart."""
+
+    text: str
+    validation: float
+    test: float
+    threshold: float
+    near_groups: int
+
+
+class LeakCheck(_Record):
+    """What the check read back from the written files; a version whose check fails is not released.
+
+    `nearest` is the highest cosine over all `pairs` of rows of two splits, and of rows outside test with `earlier_test` rows
+    (those that earlier versions hold in test). `holdouts` were looked for among the parents of every row.
+    """
+
+    pairs: int
+    nearest: float | None
+    threshold: float
+    earlier_test: int
+    holdouts: int
+
+
+class RunFacts(_Record):
+    """The run that a version was cut from: its folder's name, how it ended, and how long it took."""
+
+    folder: str
+    status: str
+    reason: str | None = None
+    seconds: float | None = None
+
+
+class Manifest(_Record):
+    """A released version. It is written last: where a manifest stands, the version is whole.
+
+    `micro_usd` and the tokens are the run's; `left_out` counts rows that could have been released and were not, by reason.
+    """
+
+    format: str = MANIFEST_FORMAT
+    name: str
+    version: int = Field(ge=1)
+    previous: int | None = None
+    created: datetime
+    licence: str | None = None
+    seeds_licence: str | None = None
+    files: dict[str, FileFacts] = Field(default_factory=dict)
+    counts: Counts
+    real_share: float
+    left_out: dict[str, int] = Field(default_factory=dict)
+    splits: SplitRule
+    leak_check: LeakCheck
+    funnel: tuple[FunnelLine, ...]
+    teachers: tuple[TeacherFacts, ...]
+    micro_usd: int
+    price_unknown: tuple[str, ...] = ()
+    tokens_in: int
+    tokens_out: int
+    embedder: str
+    run: RunFacts
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} v{self.version}"

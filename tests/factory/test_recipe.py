@@ -1,0 +1,126 @@
+"""A recipe says everything that is wrong with it at once, with lines, before anything is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from factory.errors import GristmillError, RecipeError
+from factory.recipe import load_recipe
+
+GOOD = """\
+name: tiny
+target: {accepted: 10, balance: label}
+teachers:
+  echo: {kind: fake, model: fake}
+stages:
+  - seeds: {path: seeds.jsonl}
+  - compose: {teachers: [echo]}
+  - near: {threshold: 0.8}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "seeds.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "greeting"}]}\n'
+    )
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    return tmp_path
+
+
+def problems(folder: Path, text: str) -> list[tuple[int | None, str]]:
+    (folder / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(folder)
+    return [(p.line, p.message) for p in error.value.problems]
+
+
+def test_a_good_recipe_names_its_folders_after_its_stages(folder: Path) -> None:
+    recipe = load_recipe(folder)
+    assert [line.folder for line in recipe.stages] == ["01-seeds", "02-compose", "03-near"]
+    assert recipe.stages[0].stage.path == (folder / "seeds.jsonl").resolve()  # type: ignore[attr-defined]
+
+
+def test_every_fault_is_reported_at_once_with_its_line_and_a_guess(folder: Path) -> None:
+    text = """\
+name: Tiny Set
+target: {accepted: -3, balence: label}
+teachers:
+  echo: {kind: fake, model: fake}
+  other: {kind: fake, model: fake, concurency: 2}
+stages:
+  - seeds: {path: seedz.jsonl}
+  - compose: {teachers: [ohter]}
+  - neer: {threshold: 0.8}
+  - near: {treshold: 0.8}
+extra: 1
+"""
+    found = problems(folder, text)
+    expected = [
+        (1, "Tiny Set"),
+        (2, "accepted"),
+        (2, "did you mean 'balance'"),
+        (4, "did you mean 'fake'"),
+        (5, "did you mean 'concurrency'"),
+        (7, "did you mean 'seeds.jsonl'"),
+        (8, "did you mean 'other'"),
+        (9, "did you mean 'near'"),
+        (10, "did you mean 'threshold'"),
+        (11, "unknown key 'extra'"),
+    ]
+    assert [line for line, _ in found] == [line for line, _ in expected]
+    for (_, message), (_, part) in zip(found, expected, strict=True):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "empty"),
+        ("- a\n- b\n", "a recipe is a mapping"),
+        ("name: [unclosed\n", "not YAML"),
+        ("name: a\nname: b\n" + GOOD, "stands twice"),
+        (GOOD.replace("  - seeds: {path: seeds.jsonl}\n", ""), "no stage brings seeds in"),
+        (GOOD.replace("target: {accepted: 10, balance: label}\n", ""), "target is missing"),
+        (GOOD.replace("teachers:\n  echo: {kind: fake, model: fake}\n", ""), "no teacher"),
+        ("name: &x [*x]\n", "contains itself"),
+        (GOOD.replace("{accepted: 10, balance: label}", "12"), "takes keys and values"),
+        (GOOD + "  - near\n  - {a: 1, b: 2}\n", "a stage is one key"),
+    ],
+)
+def test_broken_recipes_say_what_is_wrong(folder: Path, text: str, part: str) -> None:
+    assert part in " | ".join(message for _, message in problems(folder, text))
+
+
+def test_a_budget_needs_known_prices(folder: Path) -> None:
+    text = GOOD.replace("balance: label", "budget_usd: 1").replace(
+        "{kind: fake, model: fake}", "{kind: openai, model: some, base_url: 'http://127.0.0.1:1/v1'}"
+    )
+    assert "price of teacher 'echo' is unknown" in problems(folder, text)[0][1]
+
+
+def test_no_recipe_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(GristmillError, match="gristmill init"):
+        load_recipe(tmp_path)
+
+
+def test_the_digest_follows_what_changes_the_rows_and_nothing_else(folder: Path) -> None:
+    def digest(text: str = GOOD) -> str:
+        (folder / "recipe.yaml").write_text(text)
+        return load_recipe(folder).digest
+
+    first = digest()
+    assert digest(GOOD.replace("model: fake", "model: fake, concurrency: 3")) == first
+    assert digest(GOOD.replace("balance: label", "balance: label, rounds: 2, budget_usd: 3")) == first
+    assert digest("# a comment\n" + GOOD) == first
+    assert digest(GOOD.replace("0.8", "0.9")) != first
+    assert digest(GOOD.replace("accepted: 10", "accepted: 11")) != first
+    (folder / "seeds.jsonl").write_text('{"prompt": "hello", "completion": "greeting"}\n')
+    assert digest() != first
+    moved = folder.parent / "moved"
+    folder.rename(moved)
+    digest_before_move = load_recipe(moved).digest
+    moved.rename(folder)
+    assert digest_before_move == digest()

@@ -1,0 +1,1 @@
+"""Versions in, students and scores out."""
