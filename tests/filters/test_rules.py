@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from pydantic import ValidationError
+
+from factory.store import VERDICTS, samples_frame
+from filters.rules import NAMES, Rules
+from generators.seeds import read_rows
+from schemas.sample import Failure, Message, Provenance, Sample
+from tests.context import FakeContext, chat, frame
+
+DATA = Path(__file__).parents[1] / "data"
+BANK = Path(__file__).parents[2] / "examples" / "bank-intents" / "seeds.jsonl"
+MADE = Provenance(origin="made", generator="test")
+
+
+def real(path: Path, *, labelled: bool = False) -> pl.DataFrame:
+    rows = [row for row in read_rows(path) if isinstance(row, Sample)]
+    return samples_frame(row.model_copy(update={"label": row.output}) if labelled else row for row in rows)
+
+
+def bank() -> pl.DataFrame:
+    return real(BANK, labelled=True)
+
+
+def verdict(sample: Sample, seeds: pl.DataFrame, **settings: Any) -> dict[str, Any]:
+    [row] = Rules(**settings).judge(frame(sample), FakeContext(seeds=seeds)).to_dicts()
+    return row | {"detail": json.loads(row["detail"])}
+
+
+def asked(text: str, **settings: Any) -> str | None:
+    """The reason that a new message to the bank is rejected for."""
+    return verdict(chat(text, "failed_transfer"), bank(), **settings)["reason"]  # type: ignore[no-any-return]
+
+
+def answered(text: str, **settings: Any) -> str | None:
+    """The reason that a new answer is rejected for, in a task with free answers."""
+    seeds = real(DATA / "self_instruct.jsonl")
+    sample = Sample(
+        messages=(Message(role="user", content="Name a good way to spend a rainy day."), Message(role="assistant", content=text)),
+        provenance=MADE,
+    )
+    return verdict(sample, seeds, **settings)["reason"]  # type: ignore[no-any-return]
+
+
+FALL_AND_STAY = [
+    ("empty", " \n ", "Help me"),
+    ("empty", "?!", "Help me?!"),
+    ("control characters", "Why did my trans\x07fer fail?", "Why did my\ttransfer fail?"),
+    ("control characters", "Why was the caf� payment refused?", "Why was the café payment refused?"),
+    ("refusal", "As an AI language model, I have no account.", "As an air hostess I get paid abroad."),
+    ("refusal", "I'm sorry, but I can't do that.", "I'm sorry, but the money has not arrived."),
+    ("refusal", "I am unable to assist you with transfers.", "I am unable to make any transfers."),
+    ("boilerplate", "Sure, here is a message about a card.", "Sure I sent it, where is it now?"),
+    ("boilerplate", "Here are five messages from customers:", "Here are the details of the failed payment."),
+    ("boilerplate", "Hello. How can I help you?", "Hello. How can I get help with this?"),
+    ("scaffolding", "1. The payment keeps bouncing.", "100 dollars never showed up."),
+    ("scaffolding", "- The payment keeps bouncing.", "The payment - again! - keeps bouncing."),
+    ("scaffolding", "Message: The payment keeps bouncing.", "The message: your payment bounced. Why?"),
+    ("scaffolding", "Customer 3: The payment keeps bouncing.", "Customers of mine say that it bounced."),
+    ("scaffolding", "I use your app. 5. It failed on me.", "I paid 5. It failed on me."),
+    ("placeholder", "My name is [NAME] and it failed.", "My name is Ann [her account] and it failed."),
+    ("placeholder", "I sent <insert amount> to Bob.", "I sent an amount < 50 to Bob, > 20 to Al."),
+    ("placeholder", "A question about {topic} please.", "A question about my topics please."),
+    ("placeholder", "Lorem ipsum dolor sit amet.", "The lorem shop got no money."),
+    ("markup", "Why did it <b>fail</b> today?", "Why did it fail if 3 < 5 and 7 > 6?"),
+    ("markup", "**Why** did my payment fail?", "Why * did my payment fail?"),
+    ("markup", "Did it fail?</s>", "Did it fail/s?"),
+    ("url", "See https://bank.example/help please.", "See the web page at http please."),
+    ("unbalanced", '"Why did this one not go through?', 'Why did "this" one not go through?'),
+    ("unbalanced", '"Why did this one not go through?"', '"This" is why it did not go "through"?'),
+    ("unbalanced", "Why did this one not go through)", "Why did this one not go through :)"),
+    ("unfinished", "I sent it yesterday and", "I sent it yesterday and again"),
+    ("unfinished", "I want to send this to my", "I want to send this to him"),
+    ("unfinished", "I tried three times,", "I tried three times"),
+    ("unfinished", "It says that my transfer...", "It says ... that my transfer broke"),
+    ("few letters", "2018-10-24 17:10:58 17:10 ok", "On 2018-10-24 it did not go through"),
+    ("repetition", "Pleaseeeeee tell me why it broke", "Pleaseee tell me why it broke"),
+    (
+        "repetition",
+        "I can't send money today and I can't send money today and I can't send money today",
+        "I can't send money today and I couldn't send money on Friday or on Monday either",
+    ),
+    ("repetition", "\n".join(["Why is it gone today?"] * 3), "Why is it gone today?\nWhere did it go?\nAnd to whom?"),
+    ("language", "Ich habe gestern Geld überwiesen, es ist noch nicht angekommen.", "The Überweisung to Müller in Köln has not arrived."),
+    ("language", "Pourquoi mon virement a-t-il été refusé ?", "Pourquoi? I mean, why was my transfer refused?"),
+    ("language", "¿Por qué fue rechazada mi transferencia?", "Por favor, why was my transfer rejected?"),
+    ("language", "我昨天转账了，但是还没到。我想取消这笔付款。", "I sent money to 王 yesterday and want to cancel it."),
+    ("copied", "WHAT caused my transfer to fail", "What caused my salary to bounce?"),
+    ("copied", "The attempted transfers failed.", "The attempted payment to Rome failed."),
+    (
+        "copied",
+        "I need immediate assistance in canceling a transfer which was a mistake. Please help me right now so this does not go through.",
+        "I need immediate assistance because a transfer that I never made was taken from me. Please help me so it comes back.",
+    ),
+    (
+        "copied",
+        "I was trying to make a transfer and got an error message telling me it was not possible.",
+        "I was trying to make a payment to my landlord and got a red box that I had never seen before.",
+    ),
+    (
+        "copied",
+        "Good morning. I accidentally sent it twice. I was trying to make a transfer and got an error message telling me it was not "
+        "possible to make the transfer. This has never happened before, what happened? I am waiting at the counter with my two children.",
+        "Good morning. I was trying to pay and got an error that I have never seen before. I am waiting at the counter with two children.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "falls", "stays"), FALL_AND_STAY, ids=[f"{i}-{row[0]}" for i, row in enumerate(FALL_AND_STAY)])
+def test_each_rule_takes_what_it_means_and_nothing_beside_it(rule: str, falls: str, stays: str) -> None:
+    assert asked(falls) == rule
+    assert asked(stays) is None
+    assert asked(falls, off=[rule]) != rule
+
+
+ANSWERS = [
+    ("empty", "  ", "No"),
+    ("refusal", "I'm sorry, but I cannot answer that.", "Say that you are sorry, but stay in bed."),
+    ("boilerplate", "Sure! Here is a way: read a book.", "Sure ways are a book and a bath."),
+    ("scaffolding", "Answer: read a book.", "1. Read a book\n2. Take a bath"),
+    ("markup", "**Read** a book.", "Read - a - book."),
+    ("unfinished", "Read a book or the", "Read a book or two"),
+    (
+        "language",
+        "Lesen Sie ein gutes Buch und trinken Sie dazu einen heißen Tee mit Honig.",
+        "Ragu alla Bolognese\nSpaghetti alla Carbonara\nArancini",
+    ),
+    ("repetition", "read a book and read a book and read a book and read a book", "read a book and then tell a friend what was in it"),
+]
+
+
+@pytest.mark.parametrize(("rule", "falls", "stays"), ANSWERS, ids=[row[0] for row in ANSWERS])
+def test_the_answer_is_held_to_rules_as_well(rule: str, falls: str, stays: str) -> None:
+    assert answered(falls) == rule
+    assert answered(stays) is None
+
+
+@pytest.mark.parametrize(
+    "rows", [bank(), real(DATA / "gsm8k.jsonl"), real(DATA / "self_instruct.jsonl")], ids=["banking77", "gsm8k", "self_instruct"]
+)
+def test_no_real_row_is_rejected_beside_the_others(rows: pl.DataFrame) -> None:
+    for i in range(len(rows)):
+        others = rows.filter(pl.int_range(pl.len()) != i)
+        [row] = Rules().judge(rows[i : i + 1], FakeContext(seeds=others)).to_dicts()
+        assert row["keep"], (rows["input"][i], row)
+
+
+@pytest.mark.parametrize(
+    "text", ["help pls", "asap pls", "no se", "Transfer fehlt", "why my transfer", "transfer not there", "$40, 3 ft, ASAP"]
+)
+def test_a_text_too_short_to_tell_its_language_is_let_through(text: str) -> None:
+    assert asked(text, off=["too short", "few letters"]) is None
+
+
+def test_languages_can_be_named_or_left_open() -> None:
+    german = "Ich habe gestern Geld überwiesen, es ist noch nicht angekommen."
+    assert asked(german, language=["de"]) is None
+    assert asked("My money was sent yesterday and has still not arrived.", language=["de"]) == "language"
+    assert asked(german, language=None) is None
+    with pytest.raises(ValidationError, match="no language has the code english"):
+        Rules(language=("english",))
+
+
+def test_a_second_language_of_the_seeds_is_theirs_too() -> None:
+    seeds = pl.concat(
+        [bank(), frame(chat("Warum ist meine Überweisung an den Vermieter noch nicht angekommen?", "failed_transfer", origin="real"))]
+    )
+    sample = chat("Ich habe gestern Geld geschickt und es ist noch nicht da.", "failed_transfer")
+    assert verdict(sample, seeds)["keep"]
+    assert not verdict(sample, bank())["keep"]
+
+
+def test_limits_hold_on_the_line() -> None:
+    four = "the money never came"
+    assert asked(four, min_words=4, max_words=4, min_chars=20, max_chars=20) is None
+    assert asked(four, min_words=5) == asked(four, min_chars=21) == "too short"
+    assert asked(four, max_words=3) == asked(four, max_chars=19) == "too long"
+    assert asked("我昨天转账", language=None, min_words=5, max_words=5, copied=None, length=None) is None  # where words have no spaces
+
+
+def test_lengths_are_bounded_by_the_seeds() -> None:
+    longest = int(bank()["input"].str.len_chars().max())  # type: ignore[arg-type]
+    text = "my money left on Monday, "
+    line = ("".join(f"{text}{i} " for i in range(100)))[: longest * 4 - 1] + "!"
+    assert len(line) == longest * 4
+    assert asked(line, repeated=None) is None
+    assert asked(f"{line}!", repeated=None) == "too long"
+    assert asked(f"{line}!", repeated=None, length=None) is None
+    assert asked("why") == "too short"  # the shortest seed has 22 characters
+    row = verdict(chat(f"{line}!", "failed_transfer"), bank(), repeated=None)
+    assert row["score"] == longest * 4 + 1
+    assert row["detail"]["limit"] == longest * 4
+
+
+def test_a_score_says_how_close_it_was() -> None:
+    row = verdict(chat("The attempted transfers failed.", "failed_transfer"), bank())
+    assert row["score"] == pytest.approx(row["detail"]["value"], abs=1e-3)
+    assert row["detail"] | {"value": 0} == {
+        "rule": "copied", "part": "input", "value": 0, "limit": 0.9, "words": 4, "copied": row["detail"]["copied"], "repeated": 0.0,
+    }  # fmt: skip
+    assert 0.9 <= row["score"] < 1
+    assert asked("The attempted transfers failed.", copied=row["score"] + 0.001) is None
+    kept = verdict(chat("What caused my salary to bounce?", "failed_transfer"), bank())
+    assert kept["keep"]
+    assert 0.3 < kept["detail"]["copied"] < 0.9
+
+
+def test_a_label_must_be_one_of_the_seeds() -> None:
+    assert verdict(chat("My money is gone since Monday", "failed_transfer"), bank())["reason"] is None
+    assert verdict(chat("My money is gone since Monday", "lost_money"), bank())["reason"] == "unknown label"
+    mixed = chat("My money is gone since Monday", "lost money").model_copy(update={"label": "failed_transfer"})
+    assert verdict(mixed, bank())["reason"] == "unknown label"
+
+
+def test_patterns_of_the_recipe() -> None:
+    assert asked("why is it late?", require=[r"\?$"]) is None
+    assert asked("tell me why it is late", require=[r"\?$"]) == "required"
+    assert asked("My Barclays money is late", forbid=[r"(?i)\bbarclays\b"]) == "forbidden"
+    assert answered("No idea.", output={"forbid": ["idea"]}) == "forbidden"
+    with pytest.raises(ValidationError, match="no lookaround"):
+        Rules(forbid=("(?=a)",))
+
+
+def test_what_real_rows_do_is_allowed_and_said() -> None:
+    """GSM8K's answers end with `#### 42`, which is a Markdown heading elsewhere."""
+    seeds, ctx = real(DATA / "gsm8k.jsonl"), FakeContext(seeds=real(DATA / "gsm8k.jsonl"))
+    question = (
+        "Ann has 3 red pens and twice as many blue pens. She gives two pens to each of her three cousins. How many pens does she keep?"
+    )
+
+    def answer(text: str) -> Sample:
+        return Sample(messages=(Message(role="user", content=question), Message(role="assistant", content=text)), provenance=MADE)
+
+    made = frame(
+        answer("She has 3 + 6 = 9 pens and gives 2 * 3 = 6 away.\n#### 3"), answer("She has **9** pens and gives 2 * 3 = 6 away.\n3")
+    )
+    assert Rules().judge(made, ctx)["reason"].to_list() == [None, "markup"]
+    assert len(ctx.reports["off"]) == 1
+    assert ctx.reports["off"][0].startswith("markup (output)")
+    assert (
+        verdict(answer("She has 3 + 6 = 9 pens and gives 2 * 3 = 6 away.\n#### 3"), real(DATA / "self_instruct.jsonl"))["reason"]
+        == "markup"
+    )
+    assert len(seeds) > 0
+
+
+def test_conversations_are_judged_by_what_the_user_says() -> None:
+    turns = (
+        ("user", "Where is my money?"),
+        ("assistant", "How can I help you?"),
+        ("user", "It left on Monday."),
+        ("assistant", "It is on its way."),
+    )
+    sample = Sample(messages=tuple(Message(role=role, content=text) for role, text in turns), provenance=MADE)  # type: ignore[arg-type]
+    assert verdict(sample, real(DATA / "self_instruct.jsonl"))["reason"] is None
+
+
+def test_preferences_and_texts() -> None:
+    def preference(chosen: str, rejected: str) -> Sample:
+        return Sample(
+            messages=(Message(role="user", content="Name a good way to spend a rainy day."),),
+            chosen=(Message(role="assistant", content=chosen),),
+            rejected=(Message(role="assistant", content=rejected),),
+            provenance=MADE,
+        )
+
+    seeds = frame(preference("Read a book.", "Go out."), preference("Bake a cake for a friend of yours.", "Do not."))
+    assert verdict(preference("Watch a film with friends.", "Sulk."), seeds, copied=None)["reason"] is None
+    assert verdict(preference("Sulk.", "Sulk."), seeds, copied=None)["reason"] == "no preference"
+    assert verdict(preference("Watch a film.", " "), seeds, copied=None)["reason"] == "empty"
+    texts = frame(Sample(text="The tide comes in twice a day.", provenance=MADE), Sample(text="Foxes sleep in the open.", provenance=MADE))
+    assert verdict(Sample(text="Owls hear a mouse below the snow.", provenance=MADE), texts)["reason"] is None
+    assert verdict(Sample(text="Foxes sleep in the open!", provenance=MADE), texts)["reason"] == "copied"
+
+
+def test_without_seeds_the_rules_that_need_none_hold() -> None:
+    nothing = FakeContext().seeds
+    assert verdict(chat("Why is my money late?", "late"), nothing)["reason"] is None
+    assert verdict(chat("Warum ist mein Geld noch nicht da?", "late"), nothing)["reason"] is None
+    assert verdict(chat("1. Why is my money late?", "late"), nothing)["reason"] == "scaffolding"
+
+
+def test_one_verdict_a_row_in_any_batch() -> None:
+    rows = frame(*(chat(text, "failed_transfer") for _, falls, stays in FALL_AND_STAY for text in (falls, stays) if text not in ("",)))
+    rows = rows.unique("id", maintain_order=True)
+    ctx = FakeContext(seeds=bank())
+    whole = Rules().judge(rows, ctx)
+    assert whole.schema == VERDICTS
+    assert whole["sample"].to_list() == rows["id"].to_list()
+    assert set(whole["reason"].drop_nulls()) <= set(NAMES)
+    assert (whole["keep"] == whole["reason"].is_null()).all()
+    parts = pl.concat([Rules().judge(rows[i : i + 7], ctx) for i in range(0, len(rows), 7)])
+    assert parts.equals(whole)
+    assert Rules().judge(rows.clear(), ctx).schema == VERDICTS
+    everything_off = Rules(off=NAMES).judge(rows, ctx)
+    assert everything_off["keep"].all()
+
+
+def test_the_data_of_these_tests_is_read_whole() -> None:
+    for path in DATA.glob("*.jsonl"):
+        assert not [row for row in read_rows(path) if isinstance(row, Failure)]
