@@ -1,0 +1,126 @@
+"""Claims that a reader can judge by eye, against seeds of three intents."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from pydantic import ValidationError
+
+from factory.store import VERDICTS
+from filters.fits import Fits
+from tests.context import FakeContext, chat, frame
+
+SEEDS = frame(
+    chat("How do I cancel my transfer?", "cancel", origin="real"),
+    chat("I want to stop a payment that I made by mistake.", "cancel", origin="real"),
+    chat("Why was I charged a fee for my transfer?", "fee", origin="real"),
+    chat("There is an extra charge on my account after a transfer.", "fee", origin="real"),
+    chat("How long does a transfer from Europe take?", "timing", origin="real"),
+    chat("When will the money arrive in my account?", "timing", origin="real"),
+)
+RIGHT = frame(
+    chat("Please cancel the transfer that I just made.", "cancel"),
+    chat("What is this fee on my transfer?", "fee"),
+    chat("How many days until my transfer arrives?", "timing"),
+)
+WRONG = frame(
+    chat("Can I still cancel a transfer?", "fee"),
+    chat("Why did you charge me extra fees?", "timing"),
+    chat("How long will it take until the money is there?", "cancel"),
+)
+
+
+@pytest.mark.parametrize("by", [("nearest",), ("centroid",), ("probe",), ("probe", "nearest", "centroid")])
+def test_right_claims_stay_and_wrong_ones_go(by):
+    stage, ctx = Fits(by=by), FakeContext(seeds=SEEDS)
+    right, wrong = stage.judge(RIGHT, ctx), stage.judge(WRONG, ctx)
+    assert right["keep"].all()
+    assert right["reason"].null_count() == 3
+    assert not wrong["keep"].any()
+    assert wrong["reason"].to_list() == ["other label nearest"] * 3
+    assert right.schema == VERDICTS
+    assert right["score"].min() > wrong["score"].max()
+    assert not ctx.reports
+
+
+def test_detail_says_what_each_opinion_would_have_said():
+    verdict = Fits(by=("probe", "nearest", "centroid")).judge(WRONG, FakeContext(seeds=SEEDS)).row(0, named=True)
+    assert json.loads(verdict["detail"]) == {
+        "nearest": SEEDS["id"][0],
+        "nearest_label": "cancel",
+        "centroid_label": "cancel",
+        "probe_label": "cancel",
+    }
+
+
+def test_score_is_the_probability_that_the_threshold_holds():
+    ctx = FakeContext(seeds=SEEDS)
+    score = Fits().judge(RIGHT, ctx)["score"]
+    assert score.is_between(1 / 3, 1).all()
+    middle = score.sort()[1]
+    strict = Fits(at_least=middle).judge(RIGHT, ctx)
+    assert strict["keep"].to_list() == (score >= middle).to_list()
+    assert strict.filter(~pl.col("keep"))["reason"].to_list() == ["label uncertain"]
+
+
+@pytest.mark.parametrize("by", ["nearest", "centroid"])
+def test_margin_is_the_cosine_that_separates_the_claim_from_the_next_label(by):
+    ctx = FakeContext(seeds=SEEDS)
+    score = Fits(by=(by,)).judge(RIGHT, ctx)["score"]
+    assert Fits(by=(by,), margin=score.max()).judge(RIGHT, ctx)["keep"].to_list() == (score == score.max()).to_list()
+    assert Fits(by=(by,), margin=-2).judge(WRONG, ctx)["keep"].all()
+
+
+class Compass(FakeContext):
+    """Embeds a text that is an angle in degrees as that direction in the plane."""
+
+    def embed(self, texts):
+        angles = np.radians([float(text) for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def test_every_opinion_must_agree_and_margins_are_cosines():
+    ctx = Compass(seeds=frame(chat("0", "a", origin="real"), chat("120", "a", origin="real"), chat("40", "b", origin="real")))
+    row = frame(chat("52", "a"))  # 12 degrees to b's seed; 8 degrees to the centroid of a, at 60
+    nearest, centroid, both = (Fits(by=by).judge(row, ctx) for by in (("nearest",), ("centroid",), ("centroid", "nearest")))
+    assert [v["keep"][0] for v in (nearest, centroid, both)] == [False, True, False]
+    assert nearest["score"][0] == pytest.approx(np.cos(np.radians(52)) - np.cos(np.radians(12)), abs=1e-6)
+    assert centroid["score"][0] == pytest.approx(np.cos(np.radians(8)) - np.cos(np.radians(12)), abs=1e-6)
+    assert both["score"][0] == nearest["score"][0]
+
+
+def test_margin_does_not_touch_the_probe():
+    assert Fits(margin=2).judge(RIGHT, FakeContext(seeds=SEEDS))["keep"].all()
+
+
+def test_a_seed_fits_its_own_label():
+    verdicts = Fits(by=("nearest",)).judge(SEEDS, FakeContext(seeds=SEEDS))
+    assert verdicts["keep"].all()
+    assert verdicts["detail"].str.json_path_match("$.nearest").to_list() == SEEDS["id"].to_list()
+
+
+def test_a_label_that_no_seed_carries_is_rejected_and_no_label_is_kept():
+    ctx = FakeContext(seeds=SEEDS)
+    verdicts = Fits().judge(frame(chat("Where is my card?", "card"), chat("Can I cancel?"), chat("Cancel my transfer now.", "cancel")), ctx)
+    assert verdicts["keep"].to_list() == [False, True, True]
+    assert verdicts["reason"].to_list() == ["unknown label", None, None]
+    assert verdicts["score"].is_null().to_list() == [True, True, False]
+    assert "1 rows" in ctx.reports["unjudged"]
+
+
+@pytest.mark.parametrize("seeds", [SEEDS.head(0), SEEDS.head(2), SEEDS.with_columns(label=pl.lit(None, pl.String))])
+def test_without_two_labels_among_the_seeds_nothing_is_judged_and_the_report_says_so(seeds):
+    ctx = FakeContext(seeds=seeds)
+    assert Fits().judge(WRONG, ctx)["keep"].to_list() == [True] * 3
+    assert "two to tell apart" in ctx.reports["unjudged"]
+
+
+def test_an_empty_batch_gives_no_verdicts():
+    assert Fits(by=("probe", "nearest", "centroid")).judge(RIGHT.head(0), FakeContext(seeds=SEEDS)).is_empty()
+
+
+@pytest.mark.parametrize("fields", [{"by": ()}, {"by": ("guess",)}, {"at_least": 1.5}, {"margin": 3}, {"threshold": 0.3}])
+def test_fields_are_checked(fields):
+    with pytest.raises(ValidationError):
+        Fits(**fields)
