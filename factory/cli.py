@@ -116,14 +116,14 @@ def show(recipe: Path, sample: str | None, number: int, rejected: bool, reason: 
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--again", is_flag=True, help="Release even where the last version holds exactly these rows.")
+@click.option("--force", is_flag=True, help="Release even where the last version holds exactly these rows.")
 @_told
-def release(recipe: Path, again: bool) -> None:
+def release(recipe: Path, force: bool) -> None:
     """Cut a version of RECIPE's dataset from its run: JSONL splits, manifest, lineage, card and report."""
-    from factory.release import release_run
+    from factory.publish import release_run
     from factory.show import released
 
-    version = release_run(_recipe(recipe), home(), again=again)
+    version = release_run(_recipe(recipe), home(), force=force)
     _print(released(_run_of(recipe), version))
 
 
@@ -132,7 +132,7 @@ def release(recipe: Path, again: bool) -> None:
 @_told
 def report(recipe: Path) -> None:
     """Write the report of RECIPE's run, released or not, and say where it lies."""
-    from factory.report import report_run
+    from factory.publish import report_run
 
     click.echo(report_run(_recipe(recipe), home()))
 
@@ -176,15 +176,9 @@ def _recipe(where: Path) -> Any:
 
 
 def _run_of(where: Path) -> Any:
-    """The run of the recipe at `where`, which must have been started."""
-    from factory.errors import StoreError
-    from factory.records import RunFolder
+    from factory.publish import run_of
 
-    recipe = _recipe(where)
-    folder = recipe.run_folder(home())
-    if not (folder / "run.json").exists():
-        raise StoreError("this recipe has not been run (or was changed since)", where=str(folder), next=f"Run it: gristmill run {where}")
-    return RunFolder(folder)
+    return run_of(_recipe(where), home())
 
 
 def _local_models() -> Any:

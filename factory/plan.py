@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from factory import rounds
 from factory.errors import GristmillError, RunError
-from factory.gateway import bill
+from factory.gateway import estimate, filled
 from factory.ledger import Ledger
 from factory.progress import dollars, duration
 from factory.recipe import Recipe
@@ -77,11 +78,11 @@ def make_plan(recipe: Recipe, home: Path) -> Plan:
         raise RunError("the seeds stage gives no seed that a teacher may see")
     quota = rounds.quotas(recipe.target, seeds)
     rate, basis = _rate(recipe, home)
-    needs = rounds.needs(quota, {}, {}) if rate is None else tuple(Need(n.missing, n.label, rate=rate) for n in rounds.needs(quota, {}, {}))
-    made = recipe.target.accepted / (rate or ASSUMED_RATE)
+    needs = tuple(replace(need, rate=rate) for need in rounds.needs(quota, {}, {}, oversample=recipe.target.oversample))
+    made = recipe.target.accepted * recipe.target.oversample / (rate or ASSUMED_RATE)
     estimates: list[Estimate] = []
     assumptions = [basis]
-    with Ledger.open(home / LEDGER_FILE) if (home / LEDGER_FILE).exists() else _NoLedger() as ledger:
+    with Ledger.open(home / LEDGER_FILE) if (home / LEDGER_FILE).exists() else nullcontext() as ledger:  # a plan writes nothing
         for line in recipe.stages:
             ctx = _Still(recipe, line.folder, seeds, needs)
             if isinstance(line.stage, Generator):
@@ -98,33 +99,38 @@ def make_plan(recipe: Recipe, home: Path) -> Plan:
     )
 
 
-def _estimate(recipe: Recipe, stage: str, name: str, calls: Sequence[Call], scale: float, ledger: Any, assumptions: list[str]) -> Estimate:
+def _estimate(
+    recipe: Recipe, stage: str, name: str, calls: Sequence[Call], scale: float, ledger: Ledger | None, assumptions: list[str]
+) -> Estimate:
+    """What one stage asks of one teacher: the calls of one round, times `scale`."""
     teacher = recipe.teachers[name]
-    bills = [bill(call, teacher) for call in calls]
+    each = [estimate(call, teacher) for call in calls]
     count = math.ceil(len(calls) * scale)
-    tokens_in = math.ceil(sum(b.tokens_in for b in bills) * scale)
-    tokens_out = math.ceil(sum(b.tokens_out for b in bills) * scale)
-    pace = ledger.pace(*teacher.identity())
+    tokens_out = math.ceil(sum(e.tokens_out for e in each) * scale)
+    pace = ledger.pace(*teacher.identity()) if ledger else None
     if pace is None:
         seconds = tokens_out / ASSUMED_TOKENS_S / teacher.concurrency
         assumptions.append(
-            f"{name}: {ASSUMED_TOKENS_S:.0f} tokens a second a request (it has not answered yet), {teacher.concurrency} at once"
+            f"{name} writes {ASSUMED_TOKENS_S:.0f} tokens a second a request (it has not answered yet), {teacher.concurrency} at once"
         )
     else:
         seconds = count * pace / teacher.concurrency
-        assumptions.append(f"{name}: {pace:.2f} s a call (what the ledger has seen), {teacher.concurrency} at once")
-    known = all(b.micro_usd is not None for b in bills)
+        assumptions.append(f"{name} takes {pace:.2f} s a call, as the ledger has seen, {teacher.concurrency} at once")
     return Estimate(
-        stage,
-        name,
-        count,
-        sum(ledger.settled(b.key) for b in bills),
-        tokens_in,
-        tokens_out,
-        math.ceil(sum(b.micro_usd or 0 for b in bills) * scale) if known else None,
-        math.ceil(sum(b.worst_micro_usd or 0 for b in bills) * scale) if known else None,
-        seconds,
+        stage=stage,
+        teacher=name,
+        calls=count,
+        in_ledger=sum(ledger.holds(filled(call, teacher).key(*teacher.identity())) for call in calls) if ledger else 0,
+        tokens_in=math.ceil(sum(e.tokens_in for e in each) * scale),
+        tokens_out=tokens_out,
+        micro_usd=_scaled([e.micro_usd for e in each], scale),
+        worst_micro_usd=_scaled([e.worst_micro_usd for e in each], scale),
+        seconds=seconds,
     )
+
+
+def _scaled(costs: Sequence[int | None], scale: float) -> int | None:
+    return None if None in costs else math.ceil(sum(cost or 0 for cost in costs) * scale)
 
 
 def _rate(recipe: Recipe, home: Path) -> tuple[float | None, str]:
@@ -177,22 +183,6 @@ def plan_table(recipe: Recipe, home: Path) -> RenderableType:
         f"run it: its folder will be {recipe.run_folder(home)}",
     ]
     return Group(Text(lines[0]), Text(), table, Text(), *(Text(line) for line in lines[1:]))
-
-
-class _NoLedger:
-    """Stands for a ledger that does not exist yet: `plan` writes nothing, not even an empty one."""
-
-    def __enter__(self) -> _NoLedger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def pace(self, provider: str, model: str) -> float | None:
-        return None
-
-    def settled(self, key: str) -> bool:
-        return False
 
 
 class _Still:

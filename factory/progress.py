@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-class Meter(Protocol):
-    """The gateway's running totals."""
+class Tally(Protocol):
+    """What was asked so far; tokens and money are of new answers only."""
 
     @property
     def in_flight(self) -> int: ...
@@ -27,6 +27,12 @@ class Meter(Protocol):
     def tokens_out(self) -> int: ...
     @property
     def micro_usd(self) -> int: ...
+
+
+class Meter(Protocol):
+    """The gateway, as far as a view needs it."""
+
+    def snapshot(self) -> Tally: ...
 
 
 @dataclass
@@ -126,7 +132,7 @@ def summary(state: RunState) -> str:
     elapsed = max(time.monotonic() - state.started, 0.001)
     parts = [f"{state.accepted}/{state.wanted} accepted"]
     if state.meter:
-        m = state.meter
+        m = state.meter.snapshot()
         fresh = m.answered - m.from_ledger
         parts += [
             f"{m.answered} answers ({m.from_ledger} from the ledger)",

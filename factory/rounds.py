@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from factory.errors import RunError
 from factory.records import TARGET
@@ -13,8 +17,12 @@ from factory.stage import Need
 from factory.store import verdicts_from
 from schemas.recipe import Target
 
+Numbers = NDArray[np.floating[Any]]
+Redundancy = Callable[[str, pl.DataFrame], tuple[Numbers, Numbers]]  # of a place and its candidates; see `_most_marginal`
+
 ANYWHERE = "all"
 STALLED_ROUNDS = 3
+_DIVERSITY = 0.5  # weight of likeness against quality in a choice; from 0.5 to 1 the demo's probe does not move (docs/log.md)
 _LEAST_RATE = 0.05  # a place that gave nothing is still asked for at most 20 times what it lacks
 
 
@@ -32,7 +40,7 @@ class Yield:
 
 
 def quotas(target: Target, seeds: pl.DataFrame) -> dict[str, int]:
-    """How many accepted rows each place is to hold: one a label where labels are balanced (they add up to the target), else one.
+    """How many accepted rows each place is to hold: one quota a label where labels are balanced (they add up to the target), else one.
 
     RunError: labels are to be balanced and the seeds have none.
     """
@@ -62,9 +70,9 @@ def counts(frame: pl.DataFrame, quota: Mapping[str, int]) -> dict[str, int]:
 
 
 def needs(
-    quota: Mapping[str, int], have: Mapping[str, int], yields: Mapping[str, Yield], clusters: Sequence[Need] = ()
+    quota: Mapping[str, int], have: Mapping[str, int], yields: Mapping[str, Yield], *, oversample: float = 1, clusters: Sequence[Need] = ()
 ) -> tuple[Need, ...]:
-    """The places that are still thin, thinnest first.
+    """The places that are still thin, thinnest first; `oversample` times what is missing is aimed at, to choose from.
 
     `clusters` (from `thin_clusters`) replace the one need of an unbalanced target.
     """
@@ -72,7 +80,7 @@ def needs(
         return tuple(clusters)
     thin = [
         Need(
-            missing=quota[place] - have.get(place, 0),
+            missing=math.ceil((quota[place] - have.get(place, 0)) * oversample),
             label=None if place == ANYWHERE else place,
             rate=None if (rate := yields.get(place, Yield()).rate) is None else max(rate, _LEAST_RATE),
         )
@@ -106,31 +114,49 @@ def thin_clusters(missing: int, rate: float | None, members: pl.DataFrame) -> tu
     return tuple(Need(missing=n, cluster=cluster, rate=rate, exemplars=real) for cluster, n, real in shared if n > 0)
 
 
-def choose(good: pl.DataFrame, quality: pl.Series, quota: Mapping[str, int], have: Mapping[str, int]) -> pl.DataFrame:
+def choose(
+    good: pl.DataFrame, quality: pl.Series, quota: Mapping[str, int], have: Mapping[str, int], redundancy: Redundancy
+) -> pl.DataFrame:
     """The target's verdicts on the rows that every filter kept: the best of each place, up to what it lacks.
 
-    `quality` (higher is better) is aligned with `good`; ties go by id, so the order of arrival decides nothing. Rows beyond
-    a place's quota get keep=False with the reason "place full"; rows of no place of the target, "no such place".
+    Where a place has more good rows than it lacks, they are taken one by one by maximal marginal relevance (Carbonell and
+    Goldstein 1998): `quality` (0 to 1, aligned with `good`) less half of the likeness to what the place holds. Ties go by id,
+    so the order of arrival decides nothing. Rows beyond a place's quota get keep=False with the reason "place full"; rows of
+    no place of the target, "no such place".
     """
-    missing = pl.DataFrame(
-        {"place": list(quota), "missing": [quota[p] - have.get(p, 0) for p in quota]}, schema={"place": pl.String, "missing": pl.Int64}
-    )
-    ranked = (
-        good.select("id")
-        .with_columns(place_of(good, quota), quality.alias("quality"))
-        .join(missing, on="place", how="left")
-        .sort("quality", "id", descending=[True, False], nulls_last=True)
-        .with_columns(rank=pl.int_range(pl.len()).over("place"))
-        .with_columns(keep=(pl.col("rank") < pl.col("missing")).fill_null(False))
-    )
-    reason = ranked.select(
-        pl.when("keep")
+    rows = good.select("id").with_columns(place_of(good, quota), quality.alias("quality")).with_row_index("row").sort("id")
+    taken: list[int] = []
+    for place in quota:
+        here = rows.filter(pl.col("place") == place)
+        missing = max(quota[place] - have.get(place, 0), 0)
+        if here.height <= missing:
+            taken += here["row"].to_list()
+        elif missing:
+            among = here["row"].to_list()
+            taken += [among[i] for i in _most_marginal(here["quality"].to_numpy(), redundancy(place, good[among]), missing)]
+    keep = rows["row"].is_in(pl.Series(taken, dtype=pl.UInt32).implode())
+    reason = rows.select(
+        pl.when(keep)
         .then(pl.lit(None, pl.String))
-        .when(pl.col("missing").is_null())
-        .then(pl.lit("no such place"))
-        .otherwise(pl.lit("place full"))
+        .when(pl.col("place").is_in(list(quota)))
+        .then(pl.lit("place full"))
+        .otherwise(pl.lit("no such place"))
     ).to_series()
-    return verdicts_from(ranked["id"], keep=ranked["keep"], reason=reason, score=ranked["quality"]).with_columns(by=pl.lit(TARGET))
+    return verdicts_from(rows["id"], keep=keep, reason=reason, score=rows["quality"]).with_columns(by=pl.lit(TARGET))
+
+
+def _most_marginal(quality: Numbers, likeness: tuple[Numbers, Numbers], wanted: int) -> list[int]:
+    """Positions of the `wanted` rows, best first. `likeness`: of each row to what is held, shape (n,); of all pairs, (n, n)."""
+    held, pairs = likeness
+    redundancy = held.copy()
+    left = np.ones(len(quality), dtype=bool)
+    chosen: list[int] = []
+    for _ in range(wanted):
+        best = int(np.argmax(np.where(left, quality - _DIVERSITY * redundancy, -np.inf)))
+        chosen.append(best)
+        left[best] = False
+        np.maximum(redundancy, pairs[best], out=redundancy)
+    return chosen
 
 
 def quality_of(good: pl.DataFrame, verdicts: pl.DataFrame, ranking: Sequence[str]) -> pl.Series:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import queue
@@ -21,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +53,7 @@ from schemas.sample import Failure, Sample
 
 LAYOUT = 1  # of a run's folder; a folder of another layout is refused, never guessed at
 LEDGER_FILE = "ledger.db"
+Lane = queue.SimpleQueue[Sample | pl.DataFrame | None]  # from a stage to the next; None: the end
 _ENOUGH_TO_GIVE_UP = 20  # unanswered calls, when they are also more than half of a stage's
 
 
@@ -163,9 +166,9 @@ class _Mill:
         if self.recipe.target.balance == "cluster":
             origin = record.samples.select("id", "origin")
             members = record.clusters.join(origin, left_on="sample", right_on="id")
-            missing = self.recipe.target.accepted - sum(have.values())
+            missing = math.ceil((self.recipe.target.accepted - sum(have.values())) * self.recipe.target.oversample)
             clusters = rounds.thin_clusters(missing, yields[rounds.ANYWHERE].rate, members)
-        return rounds.needs(quota, have, yields, clusters)
+        return rounds.needs(quota, have, yields, oversample=self.recipe.target.oversample, clusters=clusters)
 
     def _choose(self, number: int, good: pl.DataFrame, quota: dict[str, int], have: dict[str, int]) -> None:
         """The target's own verdicts, which end the round."""
@@ -176,7 +179,15 @@ class _Mill:
         record = RunFolder(self.folder)
         good = good.filter(pl.col("origin") == "made")
         quality = rounds.quality_of(good, record.verdicts.filter(pl.col("round") == number), ranking)
-        verdicts = rounds.choose(good, quality, quota, have)
+        held = record.of_fate("real", "accepted")
+        held = held.with_columns(rounds.place_of(held, quota))
+
+        def redundancy(place: str, candidates: pl.DataFrame) -> tuple[Vectors, Vectors]:
+            vectors = self.embed(candidates["input"].to_list())
+            around = self.embed(held.filter(pl.col("place") == place)["input"].to_list())
+            return (vectors @ around.T).max(axis=1, initial=0), vectors @ vectors.T
+
+        verdicts = rounds.choose(good, quality, quota, have, redundancy)
         write_frame(folder / "verdicts.parquet", verdicts)
         self._finish(number, TARGET, "target", _Tally(), verdicts=verdicts)
 
@@ -184,10 +195,10 @@ class _Mill:
 
     def _chain(self, number: int, chain: Sequence[StageLine], flow: pl.DataFrame, world: _World, known: set[str]) -> pl.DataFrame:
         """Run stages as threads with queues between them; gives what came in or was made and every filter of the chain kept."""
-        lanes: list[queue.SimpleQueue[pl.DataFrame | None]] = [queue.SimpleQueue() for _ in range(len(chain) + 1)]
+        lanes: list[Lane] = [Lane() for _ in range(len(chain) + 1)]
         errors: list[BaseException] = []
 
-        def work(body: Callable[[], None], out: queue.SimpleQueue[pl.DataFrame | None]) -> None:
+        def work(body: Callable[[], None], out: Lane) -> None:
             try:
                 body()
             except BaseException as error:
@@ -197,7 +208,7 @@ class _Mill:
                 out.put(None)
 
         threads = []
-        for line, lane, out in zip(chain, lanes, lanes[1:], strict=True):
+        for line, (lane, out) in zip(chain, pairwise(lanes), strict=True):
             if isinstance(line.stage, Generator):
                 body = _bind(self._generate, number, line, line.stage, world, flow, known, out)
             else:
@@ -227,7 +238,7 @@ class _Mill:
         world: _World,
         flow: pl.DataFrame,
         known: set[str],
-        out: queue.SimpleQueue[Any],
+        out: Lane,
     ) -> None:
         shown_state = self._working(line)
         folder = self._stage_folder(number, line)
@@ -242,8 +253,6 @@ class _Mill:
         start = time.monotonic()
         made_here: dict[str, Sample] = {}
         failures: list[Failure] = []
-        waiting: list[Sample] = []
-        flushed = time.monotonic()
         for item in stage.generate(pl.concat([world.kept, flow]), ctx):
             self._check_abort()
             if isinstance(item, Failure):
@@ -254,12 +263,8 @@ class _Mill:
                 continue
             made_here[item.id] = item
             known.add(item.id)
-            waiting.append(item)
             shown_state.kept = len(made_here)
-            if len(waiting) >= 64 or time.monotonic() - flushed > 0.3:
-                out.put(samples_frame(waiting))
-                waiting, flushed = [], time.monotonic()
-        out.put(samples_frame(waiting))
+            out.put(item)
         lost = ctx.tally.calls - {s.provenance.call for s in made_here.values()} - {f.call for f in failures}
         if lost:
             raise RuntimeError(
@@ -275,9 +280,7 @@ class _Mill:
         self._finish(number, line.folder, "source" if stage.once else "generator", ctx.tally, made=len(made_here))
         shown_state.state = "done"
 
-    def _judge(
-        self, number: int, line: StageLine, stage: Filter, world: _World, lane: queue.SimpleQueue[Any], out: queue.SimpleQueue[Any]
-    ) -> None:
+    def _judge(self, number: int, line: StageLine, stage: Filter, world: _World, lane: Lane, out: Lane) -> None:
         """Judge what comes down the lane: in batches as they come (scope "sample"), or all at once."""
         shown_state = self._working(line)
         folder = self._stage_folder(number, line)
@@ -336,6 +339,7 @@ class _Mill:
             "tokens_in": tally.tokens_in,
             "tokens_out": tally.tokens_out,
             "seconds": round(tally.seconds, 3),
+            "teachers": {name: dict(counts) for name, counts in sorted(tally.teachers.items())},
             "reports": tally.reports,
         }
         write_json(self.folder / f"round-{number:02d}" / name / "stage.json", stage)
@@ -427,6 +431,7 @@ class _Tally:
     tokens_in: int = 0
     tokens_out: int = 0
     seconds: float = 0.0
+    teachers: dict[str, Counter[str]] = field(default_factory=dict)
     reports: dict[str, Any] = field(default_factory=dict)
 
 
@@ -484,6 +489,13 @@ class _StageContext:
         tally.micro_usd += answer.micro_usd or 0
         tally.tokens_in += answer.reply.tokens_in
         tally.tokens_out += answer.reply.tokens_out
+        tally.teachers.setdefault(answer.call.teacher, Counter()).update(
+            calls=1,
+            from_ledger=int(not answer.fresh),
+            tokens_in=answer.reply.tokens_in,
+            tokens_out=answer.reply.tokens_out,
+            micro_usd=answer.micro_usd or 0,
+        )
         if self._state.asks:
             self._state.done = tally.answered
         return answer
@@ -508,30 +520,35 @@ def _bind(body: Callable[..., None], *args: Any) -> Callable[[], None]:
     return lambda: body(*args)
 
 
-def _batches(lane: queue.SimpleQueue[pl.DataFrame | None]) -> Iterator[pl.DataFrame]:
+def _batches(lane: Lane) -> Iterator[pl.DataFrame]:
     """All that waits in the lane at a time, as one frame, until its end: small batches when rows drip, large ones when they pour."""
     ended = False
     while not ended:
-        frames: list[pl.DataFrame] = []
+        items: list[Sample | pl.DataFrame] = []
         item = lane.get()
         while item is not None:
-            frames.append(item)
+            items.append(item)
             try:
                 item = lane.get_nowait()
             except queue.Empty:
                 break
         else:
             ended = True
-        if frames and (batch := pl.concat(frames)).height:
+        if (batch := _frame(items)).height:
             yield batch
 
 
-def _drained(lane: queue.SimpleQueue[pl.DataFrame | None]) -> pl.DataFrame:
+def _drained(lane: Lane) -> pl.DataFrame:
     """Everything that comes down the lane until its end, sorted by id: a filter of all must not see the order of arrival."""
-    frames = [SAMPLES.to_frame()]
+    items: list[Sample | pl.DataFrame] = []
     while (item := lane.get()) is not None:
-        frames.append(item)
-    return pl.concat(frames).sort("id")
+        items.append(item)
+    return _frame(items).sort("id")
+
+
+def _frame(items: Sequence[Sample | pl.DataFrame]) -> pl.DataFrame:
+    made = samples_frame(item for item in items if isinstance(item, Sample))
+    return pl.concat([made, *(item for item in items if isinstance(item, pl.DataFrame))])
 
 
 def _one_verdict_each(line: StageLine, asked: pl.DataFrame, verdicts: pl.DataFrame) -> None:

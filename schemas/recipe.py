@@ -11,6 +11,7 @@ class Target(BaseModel):
     """What a run is to reach: `accepted` made rows, within `budget_usd`, in at most `rounds` rounds.
 
     `balance: label` gives every label of the seeds an equal share of the rows; `balance: cluster` aims at thin clusters.
+    `oversample`: how many times the missing rows a round aims at, so that the target can choose the best of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -18,6 +19,7 @@ class Target(BaseModel):
     accepted: int = Field(ge=1)
     budget_usd: float | None = Field(None, ge=0)
     balance: Literal["label", "cluster"] | None = None
+    oversample: float = Field(1, ge=1, le=20)
     rounds: int = Field(12, ge=1)
 
 
@@ -34,7 +36,8 @@ class EmbedderChoice(BaseModel):
 class ReleasePlan(BaseModel):
     """How a version is cut: shares of the splits, and how much of it is real.
 
-    `real_share`: "all" mixes every real seed in; a number is the share of real rows in the version (0 to 1).
+    `real_share`: "all" mixes every real seed in; a number is the share of real rows in the version (0 to 1). `licence` is the
+    version's, `seeds_licence` that of the real rows; both are written into its card.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +46,7 @@ class ReleasePlan(BaseModel):
     test: float = Field(0.1, ge=0, lt=1)
     real_share: Literal["all"] | float = "all"
     licence: str | None = None
+    seeds_licence: str | None = None
 
     @field_validator("real_share")
     @classmethod

@@ -48,7 +48,7 @@ def test_every_fault_is_reported_at_once_with_its_line_and_a_guess(folder: Path)
 name: Tiny Set
 target: {accepted: -3, balence: label}
 teachers:
-  echo: {kind: fake, model: fake}
+  echo: {kind: fak, model: fake}
   other: {kind: fake, model: fake, concurency: 2}
 stages:
   - seeds: {path: seedz.jsonl}

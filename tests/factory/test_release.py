@@ -1,0 +1,371 @@
+import hashlib
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+from factory.errors import ReleaseError, StoreError
+from factory.release import LINEAGE, open_version, release
+from factory.splits import NEAR
+from schemas.manifest import SPLITS
+from schemas.recipe import ReleasePlan
+from schemas.sample import Message, Provenance, Sample
+from tests.context import embedder
+from tests.run_on_disk import LINES, bank_run, chat, facts, made, seeds, write_run
+
+PLAN = ReleasePlan(validation=0.1, test=0.2, licence="cc-by-4.0")
+
+
+def embed(texts):
+    return embedder().embed(texts)
+
+
+def cut(run, datasets, *, name="bank", plan=PLAN, embed=embed, **options):
+    return release(run, name=name, plan=plan, datasets=datasets, embed=embed, facts=facts(), **options)
+
+
+def lines(version, split):
+    return [json.loads(line) for line in (version / f"{split}.jsonl").read_text().splitlines()]
+
+
+def everything(version):
+    return [(split, row) for split in SPLITS for row in lines(version, split)]
+
+
+def said(row):
+    return row["messages"][0]["content"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return bank_run(tmp_path_factory.mktemp("runs") / "bank-00000000")
+
+
+@pytest.fixture(scope="module")
+def v1(run, tmp_path_factory):
+    return cut(run, tmp_path_factory.mktemp("datasets"))
+
+
+# -- what a version is -----------------------------------------------------------------------------------------------------
+
+
+def test_a_version_holds_these_files_and_the_manifest_knows_each_byte(v1):
+    assert v1.name == "v1"
+    assert [path.name for path in v1.parent.iterdir()] == ["v1"]  # nothing of the making is left beside it
+    tables = {"train.jsonl", "validation.jsonl", "test.jsonl", "lineage.parquet"}
+    assert {path.name for path in v1.iterdir()} == {*tables, "README.md", "report.html", "manifest.json"}
+    assert {oct(path.stat().st_mode)[-3:] for path in v1.iterdir()} == {"444"}
+    manifest = open_version(v1)
+    for name, known in manifest.files.items():
+        data = (v1 / name).read_bytes()
+        assert (known.sha256, known.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert manifest.files.keys() == {*tables, "README.md", "report.html"}
+    assert {name: known.rows for name, known in manifest.files.items() if known.rows is not None} == {
+        **{f"{split}.jsonl": len(lines(v1, split)) for split in SPLITS},
+        "lineage.parquet": len(everything(v1)),
+    }
+
+
+def test_all_that_was_accepted_and_no_rejected_row_is_in_it(run, v1):
+    manifest = open_version(v1)
+    assert {row["meta"]["id"] for _, row in everything(v1) if row["meta"]["origin"] == "made"} == set(run.accepted["id"])
+    real = run.of_fate("real", "holdout").height
+    assert manifest.counts.origin == {"made": run.accepted.height, "real": real - sum(manifest.left_out.values())}
+    assert manifest.counts.total == len(everything(v1)) == sum(manifest.counts.split.values()) == sum(manifest.counts.label.values())
+    assert manifest.counts.label == dict(Counter(row["meta"]["label"] for _, row in everything(v1)))
+    assert manifest.counts.teacher == dict(sorted(run.accepted["teacher"].value_counts().iter_rows()))
+    assert sum(manifest.counts.cluster.values()) == manifest.counts.total
+
+
+def test_rows_are_chat_with_one_shape_and_ids_of_their_content(v1):
+    for _, row in everything(v1):
+        assert row.keys() == {"messages", "meta"}
+        assert row["meta"].keys() == {"id", "label", "origin", "teacher", "generator", "round"}
+        assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+        assert row["meta"]["id"] == chat(said(row), row["messages"][1]["content"]).id
+    order = [row["meta"]["label"] for row in lines(v1, "train")]
+    assert sum(a == b for a, b in itertools.pairwise(order)) < len(order) / 3  # shuffled: labels do not stand in blocks
+
+
+def test_datasets_reads_the_folder_as_its_card_says(v1, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    read = datasets.load_dataset(str(v1), cache_dir=str(tmp_path))
+    assert {split: len(rows) for split, rows in read.items()} == open_version(v1).counts.split
+    assert read["test"][0]["messages"][0]["role"] == "user"
+
+
+def test_lineage_tells_where_every_row_came_from(run, v1):
+    lineage = pl.read_parquet(v1 / "lineage.parquet")
+    assert lineage.schema == LINEAGE
+    assert dict(lineage.select("id", "split").iter_rows()) == {row["meta"]["id"]: split for split, row in everything(v1)}
+    one = lineage.filter(pl.col("origin") == "made").row(0, named=True)
+    sample = run.samples.row(by_predicate=pl.col("id") == one["id"], named=True)
+    for column in ("parents", "generator", "teacher", "call", "round", "template", "axes", "label"):
+        assert one[column] == sample[column]
+    assert [score["by"] for score in one["scores"]] == ["04-near", "05-fits", "06-coverage"]
+    assert one["cluster_name"]
+    real = lineage.filter(pl.col("origin") == "real")
+    assert real["source"].str.starts_with("seeds.jsonl:").all()
+    assert real["parents"].list.len().max() == 0
+
+
+def test_the_manifest_tells_how_it_was_made(run, v1):
+    manifest = open_version(v1)
+    assert [line.stage for line in manifest.funnel] == [row.stage for row in run.funnel()]
+    assert manifest.funnel[3].rejected == {"near_duplicate": 2}
+    assert manifest.micro_usd == sum(row.micro_usd for row in run.funnel())
+    assert (manifest.teachers, manifest.seeds_licence, manifest.licence) == (facts().teachers, "CC BY 4.0", "cc-by-4.0")
+    assert manifest.run.folder == "bank-00000000"
+    assert {"python", "gristmill", "polars"} <= manifest.versions.keys()
+    assert manifest.recipe == facts().recipe
+    assert manifest.created.utcoffset().total_seconds() == 0
+    assert manifest.notes == ()
+
+
+def test_the_card_has_a_head_that_hubs_read_and_the_numbers(v1):
+    manifest, text = open_version(v1), (v1 / "README.md").read_text()
+    head, body = text.removeprefix("---\n").split("\n---\n", 1)
+    card = yaml.safe_load(head)
+    assert card["license"] == "cc-by-4.0"
+    assert [file["path"] for file in card["configs"][0]["data_files"]] == ["train.jsonl", "validation.jsonl", "test.jsonl"]
+    for split, rows in manifest.counts.split.items():
+        assert f"| {split} | {rows} |" in body
+    assert "2 near_duplicate" in body
+    assert f"{manifest.leak_check.nearest:.3f}" in body
+
+
+def test_what_is_not_known_is_said(run, tmp_path):
+    unpriced = facts().model_copy(update={"teachers": tuple(t.model_copy(update={"micro_usd": None}) for t in facts().teachers)})
+    plan = ReleasePlan(validation=0.001, test=0, licence="Ask us first")
+    stopped = bank_run(tmp_path / "bank-1", status="short")
+    version = release(stopped, name="bank", plan=plan, datasets=tmp_path, embed=embed, facts=unpriced)
+    manifest = open_version(version)
+    assert manifest.price_unknown == ("small", "big")
+    assert [note.split()[0] for note in manifest.notes] == ["The", "validation", "The"]  # short of its target; empty; unknown price
+    assert (version / "validation.jsonl").read_bytes() == b""
+    card = yaml.safe_load((version / "README.md").read_text().split("---\n")[1])
+    assert (card["license"], card["license_name"]) == ("other", "Ask us first")
+    assert [file["split"] for file in card["configs"][0]["data_files"]] == ["train", "test"]
+
+
+# -- splits ----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_row_has_a_near_duplicate_in_another_split(v1):
+    rows = everything(v1)
+    vectors, splits = embed([said(row) for _, row in rows]), np.array([split for split, _ in rows])
+    cosines = (vectors @ vectors.T)[splits[:, None] != splits[None, :]]
+    check = open_version(v1).leak_check
+    assert cosines.max() < NEAR
+    assert check.nearest == pytest.approx(float(cosines.max()), abs=1e-5)
+    assert check.pairs == len(cosines) // 2
+
+
+def test_holdouts_are_test_and_shown_seeds_are_train(run, v1):
+    split_of = {row["meta"]["id"]: split for split, row in everything(v1)}
+    assert {split_of[id_] for id_ in run.of_fate("holdout")["id"]} == {"test"}
+    shown = [split_of.get(id_) for id_ in run.of_fate("real")["id"]]
+    assert set(shown) <= {"train", None}
+    assert shown.count(None) == sum(open_version(v1).left_out.values())
+
+
+def test_a_made_row_near_a_holdout_goes_to_test_and_a_shown_seed_near_one_stays_out(tmp_path):
+    real = seeds()
+    held = next(seed for seed in real if seed.holdout)
+    twin = chat(held.input.replace("?", " ?!"), held.label, origin="real", generator="01-seeds", round=0, teacher=None)
+    near = chat(held.input.lower(), held.label)
+    version = cut(write_run(tmp_path / "run", [*real, twin], [*made(real), near], []), tmp_path, plan=ReleasePlan(validation=0, test=0))
+    split_of = {row["meta"]["id"]: split for split, row in everything(version)}
+    assert split_of[near.id] == "test"
+    assert twin.id not in split_of
+    assert any("shown to a teacher and near a test row" in reason for reason in open_version(version).left_out)
+
+
+def test_what_was_in_test_stays_there_and_draws_its_near_duplicates(tmp_path):
+    real = seeds()
+    first = cut(write_run(tmp_path / "one", real, made(real), []), tmp_path)
+    before = {row["meta"]["id"]: (split, row) for split, row in everything(first)}
+    tested = [row for split, row in before.values() if split == "test" and row["meta"]["origin"] == "made"]
+    trained = next(row for split, row in before.values() if split == "train" and row["meta"]["origin"] == "made")
+    gone = tested[0]  # the second run does not hold it, and makes something very near to it
+
+    grown = {label: [text for text in texts if text != said(gone)] for label, texts in LINES.items()}
+    again = [chat(said(gone) + " Please.", gone["meta"]["label"]), chat(said(trained) + " Please.", trained["meta"]["label"])]
+    more = {label: [f"What does {label.replace('_', ' ')} mean, and who is {name}?" for name in ("Bo", "Ada")] for label in LINES}
+    new = [*made(real, grown), *made(real, more), *again]
+    second = cut(write_run(tmp_path / "two", real, new, []), tmp_path)
+    after = {row["meta"]["id"]: split for split, row in everything(second)}
+
+    assert second.name == "v2"
+    assert gone["meta"]["id"] not in after
+    assert {after[row["meta"]["id"]] for row in tested[1:]} == {"test"}
+    assert (after[again[0].id], after[again[1].id]) == ("test", "train")
+    assert {id_: split for id_, (split, _) in before.items() if id_ in after} == {
+        id_: split for id_, split in after.items() if id_ in before
+    }
+    manifest = open_version(second)
+    assert manifest.previous == 1
+    assert manifest.leak_check.earlier_test == open_version(first).counts.split["test"]
+
+
+def test_a_seed_that_was_once_in_test_is_never_in_train_though_it_is_shown_now(tmp_path):
+    real = seeds()
+    cut(write_run(tmp_path / "one", real, made(real), []), tmp_path)
+    shown_now = [seed.model_copy(update={"holdout": False}) for seed in real]
+    second = cut(write_run(tmp_path / "two", shown_now, made(real), []), tmp_path)
+    assert not {seed.id for seed in real if seed.holdout} & {row["meta"]["id"] for _, row in everything(second)}
+
+
+# -- how much is real ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4])
+def test_real_rows_make_the_share_that_was_asked_for(run, tmp_path, share):
+    version = cut(run, tmp_path, plan=ReleasePlan(real_share=share))
+    manifest = open_version(version)
+    assert manifest.real_share == pytest.approx(share, abs=0.5 / manifest.counts.total * 1.5)
+    assert manifest.left_out["real, beyond the share asked for"] > 0
+    shown = Counter(row["meta"]["label"] for row in lines(version, "train") if row["meta"]["origin"] == "real")
+    assert max(shown.values()) - min(shown.values() if len(shown) == 10 else [0]) <= 2  # label by label
+
+
+def test_a_share_out_of_reach_names_the_highest_one(run, tmp_path):
+    with pytest.raises(ReleaseError, match=r"real_share 0\.9 of 36 made rows needs 324 real ones; there are") as refused:
+        cut(run, tmp_path, plan=ReleasePlan(real_share=0.9))
+    reachable = float(refused.value.next.split()[2])
+    assert 0.4 < reachable < 0.53
+    cut(run, tmp_path, plan=ReleasePlan(real_share=reachable))
+    with pytest.raises(ReleaseError, match="real_share"):
+        cut(run, tmp_path, plan=ReleasePlan(real_share=reachable + 0.02))
+
+
+def test_holdouts_stay_in_test_though_no_real_row_is_wanted(run, tmp_path):
+    version = cut(run, tmp_path, plan=ReleasePlan(real_share=0))
+    real = {split: sum(row["meta"]["origin"] == "real" for row in lines(version, split)) for split in SPLITS}
+    assert real == {"train": 0, "validation": 0, "test": 10}
+    assert any("10 real rows of test" in note for note in open_version(version).notes)
+
+
+# -- never changed, whole or absent ------------------------------------------------------------------------------------------
+
+
+def test_the_same_rows_are_not_released_twice_unless_forced(run, tmp_path):
+    first = cut(run, tmp_path)
+    bytes_before = {path.name: path.read_bytes() for path in first.iterdir()}
+    with pytest.raises(ReleaseError, match="v1 already holds exactly these rows"):
+        cut(run, tmp_path)
+    second = cut(run, tmp_path, force=True)
+    assert second.name == "v2"
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == bytes_before
+    assert all((first / f"{s}.jsonl").read_bytes() == (second / f"{s}.jsonl").read_bytes() for s in SPLITS)
+
+
+def test_two_cuts_of_one_run_are_the_same_to_the_byte(run, v1, tmp_path):
+    other = cut(run, tmp_path)
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "lineage.parquet", "report.html"):
+        assert (other / name).read_bytes() == (v1 / name).read_bytes()
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "README.md"])
+def test_a_version_that_was_changed_by_hand_is_refused(run, tmp_path, file):
+    path = cut(run, tmp_path) / file
+    path.chmod(0o644)
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(StoreError, match=rf"never changes, and {file} did"):
+        open_version(path.parent)
+    with pytest.raises(StoreError, match="never changes"):
+        cut(run, tmp_path, force=True)
+
+
+@pytest.mark.parametrize(("manifest", "words"), [("{}", "not of the format"), ('{"format": "m1"}', "not whole"), ("{", "not whole JSON")])
+def test_a_broken_or_foreign_manifest_is_named(tmp_path, manifest, words):
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "manifest.json").write_text(manifest)
+    with pytest.raises(StoreError, match=words):
+        open_version(tmp_path / "v1")
+
+
+def test_nothing_accepted_nothing_released(tmp_path):
+    real = seeds()
+    with pytest.raises(ReleaseError, match="no accepted rows"):
+        cut(write_run(tmp_path / "run", real, [], []), tmp_path)
+    assert not (tmp_path / "bank").exists()
+
+
+def test_a_row_that_was_made_from_a_holdout_stops_the_release(tmp_path):
+    real = seeds()
+    held = next(seed for seed in real if seed.holdout)
+    bad = chat("Is my cat allowed to open an account?", "failed_transfer", parents=(held.id,))
+    with pytest.raises(ReleaseError, match=f"row {bad.id} was made from {held.id}, which is set aside for test"):
+        cut(write_run(tmp_path / "run", real, [*made(real), bad], []), tmp_path)
+    assert list((tmp_path / "bank").iterdir()) == []
+
+
+def test_the_check_reads_the_files_and_does_not_trust_the_grouping(run, tmp_path):
+    calls = []
+
+    def fickle(texts):
+        """Sees no likeness while rows are grouped, and the real one when the files are checked."""
+        calls.append(len(texts))
+        return np.eye(len(texts), dtype=np.float32) if len(calls) == 1 else embed(texts)
+
+    real = seeds()
+    twins = [
+        chat(f"I would like to know how long {what} takes.", "transfer_timing") for what in ("it", "this", "that", "all this", "all that")
+    ]
+    run = write_run(tmp_path / "run", real, [*made(real), *twins], [])
+    with pytest.raises(ReleaseError, match=r"share a near-duplicate \(cosine 0.9"):
+        cut(run, tmp_path, embed=fickle, plan=ReleasePlan(validation=0.3, test=0.3))
+    assert list((tmp_path / "bank").iterdir()) == []
+
+
+def test_a_failure_on_the_way_leaves_nothing(run, tmp_path):
+    calls = []
+
+    def breaks(texts):
+        calls.append(texts)
+        if len(calls) == 6:  # after the check, while the report is made
+            raise OSError("no more")
+        return embed(texts)
+
+    with pytest.raises(OSError, match="no more"):
+        cut(run, tmp_path, embed=breaks)
+    assert list((tmp_path / "bank").iterdir()) == []
+    assert cut(run, tmp_path).name == "v1"
+
+
+# -- other kinds -----------------------------------------------------------------------------------------------------------
+
+
+def test_preferences_and_texts_have_their_own_columns(tmp_path):
+    def turn(role, content):
+        return Message(role=role, content=content)
+
+    def of_kind(kind, number, **provenance):
+        where = Provenance(origin="made", generator="02-compose", round=1).model_copy(update=provenance)
+        topic = ("rain", "tax", "chess", "bread", "sleep", "trains", "paint", "violins")[number]
+        if kind == "text":
+            return Sample(text=f"A note about {topic}.", provenance=where)
+        good, bad = (turn("assistant", f"{word} {topic}") for word in ("All about", "No idea of"))
+        return Sample(messages=(turn("user", f"Tell me of {topic}"),), chosen=(good,), rejected=(bad,), provenance=where)
+
+    columns = {"text": {"text", "meta"}, "preference": {"prompt", "chosen", "rejected", "meta"}}
+    for kind, expected in columns.items():
+        real = [of_kind(kind, n, origin="real", round=0) for n in (0, 1)]
+        run = write_run(tmp_path / kind, real, [of_kind(kind, n) for n in range(2, 8)], [])
+        version = cut(run, tmp_path, name=kind)
+        rows = [row for _, row in everything(version)]
+        assert len(rows) == 8
+        assert {frozenset(row) for row in rows} == {frozenset(expected)}
+        open_version(version)
+    seed = of_kind("text", 0, origin="real", round=0)
+    version = cut(write_run(tmp_path / "other", [seed], [of_kind("preference", n) for n in range(1, 5)], []), tmp_path, name="other")
+    assert open_version(version).left_out == {"real, but not preference as the made rows are": 1}
+    mixed = write_run(tmp_path / "mixed", [], [of_kind("text", 1), of_kind("preference", 2)], [])
+    with pytest.raises(ReleaseError, match="one kind; this run made preference and text"):
+        cut(mixed, tmp_path, name="mixed")

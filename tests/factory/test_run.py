@@ -1,0 +1,295 @@
+"""The mill turns: exactly the rows that were asked for, nothing lost, nothing asked twice, and it goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import polars as pl
+import pytest
+
+from factory.errors import RunError, RunLocked, StoreError
+from factory.recipe import Recipe, StageLine
+from factory.records import RunFolder
+from factory.run import run
+from factory.stage import Context, Filter, Generator, Stage
+from factory.store import verdicts_from
+from factory.teacher import Connection, Price, Teacher
+from schemas.call import Call, Params, Reply
+from schemas.recipe import Target
+from schemas.sample import Failure, Sample
+from tests.context import chat
+
+ASKED: list[str] = []
+
+
+class Scripted(Teacher):
+    """Answers at once with the prompt and the draw."""
+
+    kind = "scripted"
+    model: str = "scripted"
+
+    def known_price(self) -> Price | None:
+        return self.price or Price(input_usd_per_mtok=0, output_usd_per_mtok=0)
+
+    @asynccontextmanager
+    async def connect(self, home: Path) -> AsyncIterator[Connection]:
+        yield _Script()
+
+
+class _Script:
+    async def ask(self, call: Call, params: Params) -> Reply:
+        ASKED.append(f"{call.prompt}/{call.draw}")
+        return Reply(text=f"{call.prompt} {call.draw}", finish="stop", tokens_in=2, tokens_out=2)
+
+
+class Source(Generator):
+    key = "source"
+    once = True
+
+    def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+        for label in ("a", "b"):
+            yield chat(f"seed {label}", label, origin="real", generator=ctx.stage)
+        yield chat("set aside", "a", origin="real", generator=ctx.stage).model_copy(update={"holdout": True})
+        yield Failure(reason="unreadable line", source="seeds:3")
+
+
+class Words(Generator):
+    """Asks twice for every row that a place lacks; parses what it gets, or loses it on purpose."""
+
+    key = "words"
+    lose: bool = False
+    explode_at: int | None = None
+
+    def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+        calls = [
+            Call(teacher="t", prompt=f"{need.label} r{ctx.round}", draw=draw, ref=need.label or "", params=Params(max_tokens=4))
+            for need in ctx.needs
+            for draw in range(2 * need.missing)
+        ]
+        for n, answer in enumerate(ctx.ask(calls)):
+            if n == self.explode_at:
+                raise ValueError("a bug of the stage's")
+            if answer.reply is None:
+                yield Failure(reason="unanswered", call=answer.key)
+            elif not self.lose:
+                where = {"generator": ctx.stage, "round": ctx.round, "call": answer.key}
+                yield chat(answer.reply.text, answer.call.ref, **where)
+
+
+class Even(Filter):
+    """Keeps even draws; a stage that is wrong on purpose loses a sample."""
+
+    key = "even"
+    lose: bool = False
+    seen: ClassVar[list[int]] = []
+
+    def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+        self.seen.append(samples.height)
+        keep = samples["input"].str.slice(-1).cast(pl.Int64) % 2 == 0
+        reason = pl.select(pl.when(~keep).then(pl.lit("odd"))).to_series()
+        return verdicts_from(samples["id"], keep=keep, reason=reason)[int(self.lose) :]
+
+
+class All(Filter):
+    """Sees all that is new at once, and what was kept before."""
+
+    key = "all"
+    scope = "dataset"
+    seen: ClassVar[list[tuple[int, int]]] = []
+
+    def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+        self.seen.append((samples.height, ctx.kept.height))
+        return verdicts_from(samples["id"], keep=pl.Series([True] * samples.height))
+
+
+class No(Filter):
+    key = "no"
+
+    def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+        n = samples.height
+        return verdicts_from(samples["id"], keep=pl.Series([False] * n), reason=pl.Series(["no"] * n))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    ASKED.clear()
+    Even.seen.clear()
+    All.seen.clear()
+
+
+def recipe(tmp_path: Path, *stages: Stage, teacher: Teacher | None = None, **target: Any) -> Recipe:
+    lines = tuple(StageLine(f"{i:02d}-{stage.key}", stage) for i, stage in enumerate([Source(), *stages], start=1))
+    goal = Target(**{"accepted": 6, "balance": "label", **target})
+    return Recipe(tmp_path / "recipe.yaml", "name: tiny\n", "tiny", goal, {"t": teacher or Scripted()}, lines)
+
+
+def turn(tmp_path: Path, *stages: Stage, **target: Any) -> RunFolder:
+    return run(recipe(tmp_path, *stages, **target), tmp_path / "mill", view="quiet")
+
+
+def test_a_run_gives_exactly_the_rows_that_were_asked_for(tmp_path: Path) -> None:
+    folder = turn(tmp_path, Words(), Even(), All())
+    assert folder.status["status"] == "done"
+    assert dict(folder.accepted["label"].value_counts().iter_rows()) == {"a": 3, "b": 3}
+    assert folder.accepted["id"].is_unique().all()
+    assert folder.fates.height == folder.samples.height
+    fates = dict(folder.fates["fate"].value_counts().iter_rows())
+    assert fates == {"real": 2, "holdout": 1, "accepted": 6, "rejected": 6}
+    rows = {row.stage: row for row in folder.funnel()}
+    assert (rows["02-words"].asked, rows["02-words"].answered, rows["02-words"].made) == (12, 12, 12)
+    assert (rows["03-even"].judged, rows["03-even"].kept, dict(rows["03-even"].rejected)) == (12, 6, {"odd": 6})
+    assert dict(rows["01-source"].lost) == {"unreadable line": 1}
+    assert All.seen == [(6, 2)]  # it waited for all, and was not shown the holdout
+
+
+def test_rounds_aim_at_what_is_still_missing(tmp_path: Path) -> None:
+    class OnlyA(Filter):
+        """Keeps nothing of b in round 1."""
+
+        key = "onlya"
+
+        def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+            keep = (samples["label"] == "a") | (samples["round"] > 1)
+            return verdicts_from(samples["id"], keep=keep, reason=pl.select(pl.when(~keep).then(pl.lit("b"))).to_series())
+
+    folder = turn(tmp_path, Words(), OnlyA())
+    assert folder.status["rounds"] == 2
+    assert {prompt.split("/")[0] for prompt in ASKED} == {"a r1", "b r1", "b r2"}
+    assert dict(folder.fates["fate"].value_counts().iter_rows())["surplus"] == 6
+
+
+def test_a_second_run_asks_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    first = turn(tmp_path, Words(), Even())
+    asked, accepted = len(ASKED), first.accepted
+    again = turn(tmp_path, Words(), Even())
+    assert len(ASKED) == asked
+    assert again.accepted.equals(accepted)
+
+
+def test_a_changed_recipe_has_a_folder_of_its_own_and_asks_only_what_is_new(tmp_path: Path) -> None:
+    first = turn(tmp_path, Words(), Even())
+    asked = len(ASKED)
+    other = turn(tmp_path, Words(), Even(), All())
+    assert other.path != first.path
+    assert len(ASKED) == asked
+    assert other.status["micro_usd"] == 0
+    assert {row.stage: row for row in other.funnel()}["02-words"].from_ledger == 12
+
+
+def test_what_a_stage_loses_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"stage 02-words lost 12 of 12 calls"):
+        turn(tmp_path, Words(lose=True))
+    with pytest.raises(RuntimeError, match=r"stage 03-even was handed \d+ samples and gave \d+ verdicts"):
+        turn(tmp_path, Words(), Even(lose=True))
+
+
+def test_a_run_that_broke_goes_on_without_asking_again(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a bug of the stage's"):
+        turn(tmp_path, Words(explode_at=5), Even())
+    broken = next((tmp_path / "mill" / "runs").iterdir())
+    assert RunFolder(broken).status["status"] == "stopped"
+    assert not list(broken.glob("round-01/*/stage.json"))  # a filter behind a stage that failed did not see all: not whole
+    folder = turn(tmp_path, Words(), Even())
+    assert folder.status["status"] == "done"
+    assert len(ASKED) == len(set(ASKED)) == 12
+
+
+def test_a_judge_judges_while_the_generator_still_generates(tmp_path: Path) -> None:
+    judged = threading.Event()
+
+    class Slow(Words):
+        key = "slow"
+
+        def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+            for i, item in enumerate(super().generate(samples, ctx)):
+                yield item
+                if i == 8:
+                    assert judged.wait(20), "no sample was judged before the generator had ended"
+
+    class Watching(Even):
+        key = "watching"
+
+        def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+            judged.set()
+            return super().judge(samples, ctx)
+
+    folder = turn(tmp_path, Slow(), Watching(), accepted=100)
+    assert folder.status["status"] == "done"
+    assert len(Even.seen) > 1
+
+
+def test_a_budget_ends_a_run_that_says_so_and_keeps_everything(tmp_path: Path) -> None:
+    paid = Scripted(price=Price(input_usd_per_mtok=0, output_usd_per_mtok=100_000))  # $0.2 an answer, at most $0.4
+    goal = {"accepted": 20, "budget_usd": 1.5}
+    folder = run(recipe(tmp_path, Words(), Even(), teacher=paid, **goal), tmp_path / "mill", view="quiet")
+    assert folder.status["status"] == "short"
+    assert "budget of $1.5 is spent" in folder.status["reason"]
+    assert 1_000_000 <= folder.status["micro_usd"] <= 1_500_000
+    assert folder.samples.filter(pl.col("origin") == "made").height == len(ASKED)
+    assert folder.failures.filter(pl.col("reason") == "unanswered").height > 0
+    richer = run(recipe(tmp_path, Words(), Even(), teacher=paid, **(goal | {"budget_usd": 100})), tmp_path / "mill", view="quiet")
+    assert richer.path == folder.path
+    assert richer.status["status"] == "done"
+    assert richer.status["micro_usd"] == 200_000 * len(ASKED)
+
+
+def test_a_run_that_gets_nowhere_ends_and_explains(tmp_path: Path) -> None:
+    folder = turn(tmp_path, Words(), No())
+    assert (folder.status["status"], folder.status["reason"]) == ("short", "3 rounds in a row gave no accepted row")
+    assert folder.status["places"] == {"a": [0, 3], "b": [0, 3]}
+    assert turn(tmp_path, Words(), No(), rounds=1, accepted=7).status["reason"].startswith("target.rounds (1)")
+
+
+def test_a_stage_whose_calls_mostly_fail_stops_the_run_early(tmp_path: Path) -> None:
+    from factory.errors import TeacherFault
+
+    class Refusing(Scripted):
+        kind = "refusing"
+
+        @asynccontextmanager
+        async def connect(self, home: Path) -> AsyncIterator[Connection]:
+            class No:
+                async def ask(self, call: Call, params: Params) -> Reply:
+                    raise TeacherFault("never", "content refused")
+
+            yield No()
+
+    with pytest.raises(RunError, match=r"20 of .* calls failed, last: content refused"):
+        run(recipe(tmp_path, Words(), teacher=Refusing(), accepted=500), tmp_path / "mill", view="quiet")
+
+
+def test_two_runs_of_one_recipe_at_once_are_kept_apart(tmp_path: Path) -> None:
+    folder = turn(tmp_path, Words(), Even()).path
+    with (folder / ".lock").open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunLocked, match="is running this recipe"):
+            turn(tmp_path, Words(), Even())
+    assert turn(tmp_path, Words(), Even()).status["status"] == "done"
+
+
+def test_a_folder_of_another_layout_is_refused_and_left_alone(tmp_path: Path) -> None:
+    folder = turn(tmp_path, Words(), Even()).path
+    (folder / "run.json").write_text(json.dumps({"layout": 0}))
+    with pytest.raises(StoreError, match="layout 0") as error:
+        turn(tmp_path, Words(), Even())
+    assert "the ledger answers" in error.value.next
+    assert json.loads((folder / "run.json").read_text()) == {"layout": 0}
+
+
+def test_no_seed_for_a_teacher_is_an_error(tmp_path: Path) -> None:
+    class Empty(Source):
+        key = "empty"
+
+        def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+            yield Failure(reason="empty")
+
+    base = recipe(tmp_path, Words())
+    empty = Recipe(base.path, base.text, base.name, base.target, base.teachers, (StageLine("01-empty", Empty()), base.stages[1]))
+    with pytest.raises(RunError, match="no seed that a teacher may see"):
+        run(empty, tmp_path / "mill", view="quiet")

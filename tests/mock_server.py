@@ -1,0 +1,162 @@
+"""A server that speaks the OpenAI and the Anthropic protocol on 127.0.0.1, counts what it is asked, and fails when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from aiohttp import web
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A refusal with a status; or, by `how`, a connection that is reset, an answer that is cut, garbled, of an odd shape, or late."""
+
+    status: int = 500
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    how: Literal["refuse", "reset", "cut", "garble", "odd", "hang"] = "refuse"
+
+
+RESET, CUT, GARBLE, ODD, HANG = (Fault(how=how) for how in ("reset", "cut", "garble", "odd", "hang"))
+
+
+@dataclass
+class MockServer:
+    """A context. `faults` are met in order, one a request, then `always`; what is answered is counted by its question."""
+
+    faults: deque[Fault] = field(default_factory=deque)
+    always: Fault | None = None
+    answer: Callable[[str], str] = lambda question: f"answer to {question}"
+    latency_s: float = 0.0
+    answered: Counter[str] = field(default_factory=Counter)
+    received: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self._run(self._open())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run(self._runner.cleanup())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _open(self) -> None:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", self._serve(_chat))
+        app.router.add_post("/v1/completions", self._serve(_completion))
+        app.router.add_post("/v1/messages", self._serve(_messages))
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    def _serve(self, protocol: Callable[[dict[str, Any], Callable[[str], str]], tuple[str, dict[str, Any]]]) -> Any:
+        async def respond(request: web.Request) -> web.StreamResponse:
+            body = await request.json()
+            self.received.append((request.path, {name.lower(): value for name, value in request.headers.items()}, body))
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            try:
+                await asyncio.sleep(self.latency_s)
+                fault = self.faults.popleft() if self.faults else self.always
+                question, answer = protocol(body, self.answer)
+                if fault is not None:
+                    return await _fail(request, fault, json.dumps(answer).encode())
+                self.answered[question] += 1
+                return web.json_response(answer)
+            finally:
+                self.in_flight -= 1
+
+        return respond
+
+
+async def _fail(request: web.Request, fault: Fault, answer: bytes) -> web.StreamResponse:
+    assert request.transport is not None
+    match fault.how:
+        case "reset":
+            request.transport.abort()
+            return web.Response()
+        case "cut":
+            response = web.StreamResponse(headers={"Content-Length": str(len(answer))})
+            await response.prepare(request)
+            await response.write(answer[:20])
+            request.transport.close()
+            return response
+        case "garble":
+            return web.Response(body=answer[:20], content_type="application/json")
+        case "odd":
+            return web.json_response({"surprise": True})
+        case "hang":
+            await asyncio.sleep(30)
+            return web.Response()
+    text = fault.body if isinstance(fault.body, str) else json.dumps(fault.body or {"error": {"message": f"planned {fault.status}"}})
+    return web.Response(status=fault.status, text=text, headers=fault.headers)
+
+
+def _words(*texts: str) -> int:
+    return sum(len(text.split()) for text in texts)
+
+
+def _chat(body: dict[str, Any], answer: Callable[[str], str]) -> tuple[str, dict[str, Any]]:
+    question = body["messages"][-1]["content"]
+    text = answer(question)
+    said = {"role": "assistant", "content": text, "refusal": None}
+    return question, {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": body["model"],
+        "choices": [{"index": 0, "message": said, "finish_reason": "stop", "logprobs": None}],
+        "usage": _usage(_words(*(m["content"] for m in body["messages"])), _words(text)),
+    }
+
+
+def _completion(body: dict[str, Any], answer: Callable[[str], str]) -> tuple[str, dict[str, Any]]:
+    text = answer(body["prompt"])
+    return body["prompt"], {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "created": 1,
+        "model": body["model"],
+        "choices": [{"index": 0, "text": text, "finish_reason": "length", "logprobs": None}],
+        "usage": _usage(_words(body["prompt"]), _words(text)),
+    }
+
+
+def _messages(body: dict[str, Any], answer: Callable[[str], str]) -> tuple[str, dict[str, Any]]:
+    question = body["messages"][-1]["content"]
+    text = answer(question)
+    forced = body.get("tool_choice", {}).get("name")
+    block: dict[str, Any] = {"type": "text", "text": text}
+    if forced:
+        block = {"type": "tool_use", "id": "toolu_1", "name": forced, "input": json.loads(text)}
+    return question, {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": body["model"],
+        "content": [block],
+        "stop_reason": "tool_use" if forced else "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": _words(question), "output_tokens": _words(text)},
+    }
+
+
+def _usage(tokens_in: int, tokens_out: int) -> dict[str, int]:
+    return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out}
