@@ -143,6 +143,7 @@ class Gateway:
         self._spending = 0  # calls that hold a reservation or are about to
         self._change = asyncio.Event()  # set, and replaced, each time that a reservation ends
         self._connections = AsyncExitStack()
+        self._gate, self._closing = threading.Lock(), False
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
@@ -155,6 +156,8 @@ class Gateway:
 
     def close(self) -> None:
         """Let answers that are under way arrive and be kept, then close every connection. A second interrupt ends the wait."""
+        with self._gate:
+            self._closing = True
         try:
             self._wait_for(self._drain(GRACE_S))
         finally:
@@ -177,8 +180,8 @@ class Gateway:
         self._askings.add(asking)
         try:
             while True:
-                while waiting < self._window and fault is None and (call := next(source, None)) is not None:
-                    self._loop.call_soon_threadsafe(self._start, call, self._lines[call.teacher], asking)
+                while waiting < self._window and not (fault or dropped) and (call := next(source, None)) is not None:
+                    self._send(call, self._lines[call.teacher], asking)
                     waiting += 1
                 if not waiting:
                     break
@@ -204,6 +207,13 @@ class Gateway:
         teachers = {name: line.tally for name, line in self._lines.items()}
         total = sum(teachers.values(), Tally())
         return Snapshot(**{name: getattr(total, name) for name in Tally.__dataclass_fields__}, teachers=teachers)
+
+    def _send(self, call: Call, line: _Line, asking: _Asking) -> None:
+        with self._gate:  # what passes it is in the loop before `close` begins to wait
+            if self._closing:
+                asking.done.put(None)
+            else:
+                self._loop.call_soon_threadsafe(self._start, call, line, asking)
 
     def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -33,6 +33,7 @@ NOT_IDENTITY = {
         "retries": "as above",
         "price": "changes the bill, not the answers",
         "licence": "is written down, not asked",
+        "threads": "as above",
         "api_key_env": "who pays, not what is answered",
     },
 }

@@ -31,7 +31,7 @@ import polars as pl
 from factory import rounds
 from factory.embed import Embedder, open_embedder
 from factory.errors import BudgetSpent, RunError, RunLocked, StoreError
-from factory.gateway import Gateway
+from factory.gateway import Gateway, filled
 from factory.ledger import Ledger
 from factory.progress import RunState, StageState, shown
 from factory.recipe import Recipe, StageLine
@@ -468,8 +468,9 @@ class _StageContext:
             self._mill.broke = True
             left = [*pulled.values(), *(source if self._drains else ())]
             for call in left:
-                provider, model = self._mill.recipe.teachers[call.teacher].identity()
-                yield self._counted(Answer(call=call, key=call.key(provider, model), reply=None, error="budget spent"))
+                teacher = self._mill.recipe.teachers[call.teacher]
+                key = filled(call, teacher).key(*teacher.identity())
+                yield self._counted(Answer(call=call, key=key, reply=None, error="budget spent"))
 
     def _counted(self, answer: Answer) -> Answer:
         tally = self.tally
@@ -486,7 +487,8 @@ class _StageContext:
             return answer
         tally.answered += 1
         tally.from_ledger += not answer.fresh
-        tally.micro_usd += answer.micro_usd or 0
+        paid = (answer.micro_usd or 0) if answer.fresh else 0  # what the ledger answers was paid by the run that it was bought for
+        tally.micro_usd += paid
         tally.tokens_in += answer.reply.tokens_in
         tally.tokens_out += answer.reply.tokens_out
         tally.teachers.setdefault(answer.call.teacher, Counter()).update(
@@ -494,7 +496,7 @@ class _StageContext:
             from_ledger=int(not answer.fresh),
             tokens_in=answer.reply.tokens_in,
             tokens_out=answer.reply.tokens_out,
-            micro_usd=answer.micro_usd or 0,
+            micro_usd=paid,
         )
         if self._state.asks:
             self._state.done = tally.answered

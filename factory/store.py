@@ -38,6 +38,7 @@ SAMPLES = pl.Schema(
         "parents": pl.List(pl.String()),
         "axes": pl.String(),  # JSON object
         "meta": pl.String(),  # JSON object
+        "logprob": pl.Float64(),  # mean over the answer's tokens
     }
 )
 
@@ -79,6 +80,7 @@ def samples_frame(samples: Iterable[Sample]) -> pl.DataFrame:
             list(s.provenance.parents),
             json.dumps(s.provenance.axes, ensure_ascii=False),
             json.dumps(s.meta, ensure_ascii=False),
+            s.provenance.logprob,
         )
         for s in samples
     ]
@@ -110,6 +112,7 @@ def samples_of(frame: pl.DataFrame) -> list[Sample]:
                 template=row["template"],
                 axes=json.loads(row["axes"]),
                 source=row["source"],
+                logprob=row["logprob"],
             ),
         )
         for row in frame.iter_rows(named=True)

@@ -54,6 +54,7 @@ class Judge(Filter):
     """
 
     key = "judge"
+    ranks: ClassVar[bool] = True
     scope = "sample"
 
     rubric: str | None = None

@@ -156,7 +156,7 @@ class Compose(Generator):
                 axes=prompt.axes,
             )
             system = _system(prompt.examples[0]) if prompt.examples else ""
-            questions.append(_Question(call, seeds, self._how(path.stem), prompt.label, system, where))
+            questions.append(_Question(call, seeds, self._how(path.stem), self.per_call, prompt.label, system, where))
         return questions
 
     def _template_for(self, task: Task) -> str:
@@ -239,6 +239,7 @@ class _Question:
     call: Call
     seeds: _Seeds
     how: How
+    per_call: int
     label: str | None
     system: str
     where: Provenance
@@ -311,7 +312,7 @@ def _read(question: _Question, answer: Answer) -> Iterator[Sample | Failure]:
             text = json.dumps({"input": item.input, "output": item.output}, ensure_ascii=False)
             yield lost.model_copy(update={"reason": wrong, "text": text})
         else:
-            yield _sample(question, item, answer.key)
+            yield _sample(question, item, answer)
     for piece in parsed.leftovers:
         yield lost.model_copy(update={"reason": "not an item", "text": piece})
     if parsed.cut:
@@ -335,9 +336,10 @@ def _misfit(question: _Question, item: Item) -> str | None:
     return None
 
 
-def _sample(question: _Question, item: Item, key: str) -> Sample:
+def _sample(question: _Question, item: Item, answer: Answer) -> Sample:
     seeds, label = question.seeds, question.label
-    where = question.where.model_copy(update={"call": key})
+    logprob = answer.reply.logprob if answer.reply and question.per_call == 1 else None  # of several items it says nothing of one
+    where = question.where.model_copy(update={"call": answer.key, "logprob": logprob})
     if seeds.task == "text":
         return Sample(text=item.input, label=label, provenance=where)
     output = {"label": seeds.outputs.get(label), "pairs": item.output}.get(seeds.task) or ""

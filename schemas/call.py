@@ -13,7 +13,10 @@ KEY_VERSION = "c1"
 
 
 class Params(BaseModel):
-    """How a model samples its answer; unset ones are not sent, so the server's default holds."""
+    """How a model samples its answer; unset ones are not sent, so the server's default holds.
+
+    `logprobs` asks how likely the model found its own words; the reply then holds their mean.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,6 +24,7 @@ class Params(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stop: tuple[str, ...] = ()
+    logprobs: bool = False
     extra: dict[str, Any] = Field(default_factory=dict, description="passed to the server as they are")
 
 
@@ -58,7 +62,10 @@ Finish = Literal["stop", "length", "refused", "other"]
 
 
 class Reply(BaseModel):
-    """What a teacher's server said: text, tokens, and why it stopped ("length" means that it was cut)."""
+    """What a teacher's server said: text, tokens, and why it stopped ("length" means that it was cut).
+
+    `logprob` is the mean natural log-probability of its tokens, where that was asked for and the server tells it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,6 +73,7 @@ class Reply(BaseModel):
     finish: Finish
     tokens_in: int
     tokens_out: int
+    logprob: float | None = None
 
 
 class Answer(BaseModel):

@@ -27,7 +27,8 @@ class Provenance(BaseModel):
     """Where a sample came from.
 
     `parents` are the ids of the samples that its prompt showed; `call` is the key of the ledger's entry that it was parsed
-    from; `axes` are the values of variation that were asked for; `source` is the file and line of a real row.
+    from; `axes` are the values of variation that were asked for; `logprob` is the mean log-probability of the answer's tokens,
+    where the teacher told it and the answer is this one sample; `source` is the file and line of a real row.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +41,7 @@ class Provenance(BaseModel):
     call: str | None = None
     template: str | None = None
     axes: dict[str, str] = Field(default_factory=dict)
+    logprob: float | None = None
     source: str | None = None
 
 

@@ -47,7 +47,7 @@ class MockServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run(self._runner.cleanup())
+        self._run(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -65,6 +65,13 @@ class MockServer:
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def _close(self) -> None:
+        await self._runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}  # requests that hang, as they were told to
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     def _serve(self, protocol: Callable[[dict[str, Any], Callable[[str], str]], tuple[str, dict[str, Any]]]) -> Any:
         async def respond(request: web.Request) -> web.StreamResponse:

@@ -82,6 +82,8 @@ class OpenAIConnection:
         body |= params.model_dump(include={"temperature", "top_p"}, exclude_none=True)
         if params.stop:
             body["stop"] = list(params.stop)
+        if params.logprobs:
+            body["logprobs"] = 1 if raw else True
         if call.json_schema:
             body["response_format"] = {
                 "type": "json_schema",
@@ -114,4 +116,14 @@ def _reply(answer: dict[str, Any], call: Call) -> Reply:
         finish=finish,
         tokens_in=usage.get("prompt_tokens", asked),
         tokens_out=usage.get("completion_tokens", len(text.encode())),
+        logprob=_mean_logprob(choice.get("logprobs")) if call.params.logprobs else None,
     )
+
+
+def _mean_logprob(told: dict[str, Any] | None) -> float | None:
+    """The mean over the answer's tokens, from a chat's list of tokens or a completion's list of numbers; None: none were told."""
+    if not told:
+        return None
+    each = [token["logprob"] for token in told["content"]] if told.get("content") else told.get("token_logprobs") or []
+    numbers = [float(number) for number in each if number is not None]
+    return sum(numbers) / len(numbers) if numbers else None

@@ -216,6 +216,19 @@ def test_a_dead_server_stops_the_run_and_says_how_much_is_kept(ledger: Ledger, t
     assert ledger.spent("r") == 5 * 42
 
 
+def test_faults_between_answers_do_not_make_a_server_dead(server: MockServer, ledger: Ledger, tmp_path: Path) -> None:
+    def fail_the_next_of_an_even_one(question: str) -> str:
+        if int(question.split()[1]) % 2 == 0:
+            server.faults.append(Fault(500))
+        return "x"
+
+    server.answer = fail_the_next_of_an_even_one
+    with opened(ledger, tmp_path, {"t": priced(server, retries=0, concurrency=1)}) as gateway:
+        answers = asked(gateway, prompts(40))
+    assert {int(a.call.ref) % 2 for a in answers if a.reply is None} == {1}
+    assert sum(a.reply is None for a in answers) == 20
+
+
 def test_a_budget_is_never_overshot_and_what_fits_is_asked(server: MockServer, ledger: Ledger, tmp_path: Path) -> None:
     teacher = priced(server, concurrency=16)
     worst = estimate(prompts(1)[0], teacher).worst_micro_usd
@@ -338,6 +351,30 @@ def test_what_does_not_arrive_in_time_at_the_end_is_lost_and_stays_reserved(
         assert "stopped while it asked" in str(ends[0])
     worst = estimate(prompts(1)[0], priced(server)).worst_micro_usd
     assert [entry.reserved_micro_usd for entry in ledger.lost("r")] == [worst, worst]
+
+
+def test_a_gateway_that_is_left_sends_no_more_for_other_threads(server: MockServer, ledger: Ledger, tmp_path: Path) -> None:
+    server.latency_s = 0.05
+    ends: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            asked(gateway, prompts(2000))
+        except RunError as error:
+            ends.append(error)
+
+    with opened(ledger, tmp_path, {"t": priced(server, concurrency=2)}) as gateway:
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while len(server.received) < 10:
+            time.sleep(0.005)
+        so_far = len(server.received)
+    sent = len(server.received)
+    thread.join(10)
+    assert "stopped while it asked" in str(ends[0])
+    assert len(server.received) == sent <= so_far + 4
+    [total] = ledger.sums("run")
+    assert (total.settled, total.open, total.lost) == (sent, 0, 0)
 
 
 def test_a_bug_in_a_teacher_reaches_the_caller_as_it_is(ledger: Ledger, tmp_path: Path) -> None:

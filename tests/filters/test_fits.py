@@ -6,7 +6,9 @@ import numpy as np
 import polars as pl
 import pytest
 from pydantic import ValidationError
+from sklearn.linear_model import LogisticRegression
 
+from factory.errors import GristmillError
 from factory.store import VERDICTS
 from filters.fits import Fits
 from tests.context import FakeContext, chat, frame
@@ -33,7 +35,7 @@ WRONG = frame(
 
 @pytest.mark.parametrize("by", [("nearest",), ("centroid",), ("probe",), ("probe", "nearest", "centroid")])
 def test_right_claims_stay_and_wrong_ones_go(by):
-    stage, ctx = Fits(by=by), FakeContext(seeds=SEEDS)
+    stage, ctx = Fits(by=by, at_least=0.35, margin=0), FakeContext(seeds=SEEDS)
     right, wrong = stage.judge(RIGHT, ctx), stage.judge(WRONG, ctx)
     assert right["keep"].all()
     assert right["reason"].null_count() == 3
@@ -41,7 +43,7 @@ def test_right_claims_stay_and_wrong_ones_go(by):
     assert wrong["reason"].to_list() == ["other label nearest"] * 3
     assert right.schema == VERDICTS
     assert right["score"].min() > wrong["score"].max()
-    assert not ctx.reports
+    assert "unjudged" not in ctx.reports
 
 
 def test_detail_says_what_each_opinion_would_have_said():
@@ -56,12 +58,52 @@ def test_detail_says_what_each_opinion_would_have_said():
 
 def test_score_is_the_probability_that_the_threshold_holds():
     ctx = FakeContext(seeds=SEEDS)
-    score = Fits().judge(RIGHT, ctx)["score"]
+    score = Fits(at_least=0).judge(RIGHT, ctx)["score"]
     assert score.is_between(1 / 3, 1).all()
     middle = score.sort()[1]
     strict = Fits(at_least=middle).judge(RIGHT, ctx)
     assert strict["keep"].to_list() == (score >= middle).to_list()
     assert strict.filter(~pl.col("keep"))["reason"].to_list() == ["label uncertain"]
+
+
+def test_auto_asks_what_the_median_seed_gets_when_it_is_left_out():
+    ctx = FakeContext(seeds=SEEDS)
+    verdicts = Fits(by=("probe",)).judge(RIGHT, ctx)
+    vectors, labels = ctx.embed(SEEDS["input"].to_list()), SEEDS["label"].to_list()
+    chances = []
+    for left in ([0, 2, 4], [1, 3, 5]):  # of two seeds a label, one at a time
+        others = [i for i in range(6) if i not in left]
+        probe = LogisticRegression(C=10, max_iter=2000).fit(vectors[others], [labels[i] for i in others])
+        chances += [probe.predict_proba(vectors[[i]])[0][probe.classes_.tolist().index(labels[i])] for i in left]
+    assert ctx.reports["at_least"] == pytest.approx(np.median(chances), abs=1e-6)
+    assert verdicts["keep"].to_list() == (verdicts["score"] >= ctx.reports["at_least"]).to_list()
+
+
+def test_auto_asks_nothing_where_no_seed_can_be_left_out():
+    ctx = FakeContext(seeds=SEEDS.gather([0, 2, 4]))  # one of each label
+    assert Fits(by=("probe",)).judge(RIGHT, ctx)["keep"].all()
+    assert ctx.reports["at_least"] == 0
+
+
+MEANINGS = {
+    "cancel": "wants to take a payment back",
+    "fee": "asks what sending money costs",
+    "timing": "asks how many days it takes",
+}
+
+
+@pytest.mark.parametrize("by", ["nearest", "centroid", "probe"])
+def test_a_description_speaks_for_its_label(by):
+    ctx, row = FakeContext(seeds=SEEDS), frame(chat("I would like to take a payment back.", "cancel"))
+    plain, told = Fits(by=(by,)).judge(row, ctx), Fits(by=(by,), labels=MEANINGS).judge(row, ctx)
+    assert told["score"][0] > plain["score"][0] + 0.02
+    nearest = told["detail"].str.json_path_match("$.nearest")[0]
+    assert nearest in SEEDS["id"].to_list()  # a seed, though the description is nearer
+
+
+def test_a_described_label_that_no_seed_carries_is_a_mistake_of_the_recipe():
+    with pytest.raises(GristmillError, match=r"stage 01-test: labels: describes 'cancle'.*did you mean 'cancel'"):
+        Fits(labels={"fee": "a fee", "cancle": "to cancel"}).judge(RIGHT, FakeContext(seeds=SEEDS))
 
 
 @pytest.mark.parametrize("by", ["nearest", "centroid"])
@@ -83,7 +125,7 @@ class Compass(FakeContext):
 def test_every_opinion_must_agree_and_margins_are_cosines():
     ctx = Compass(seeds=frame(chat("0", "a", origin="real"), chat("120", "a", origin="real"), chat("40", "b", origin="real")))
     row = frame(chat("52", "a"))  # 12 degrees to b's seed; 8 degrees to the centroid of a, at 60
-    nearest, centroid, both = (Fits(by=by).judge(row, ctx) for by in (("nearest",), ("centroid",), ("centroid", "nearest")))
+    nearest, centroid, both = (Fits(by=by, margin=0).judge(row, ctx) for by in (("nearest",), ("centroid",), ("centroid", "nearest")))
     assert [v["keep"][0] for v in (nearest, centroid, both)] == [False, True, False]
     assert nearest["score"][0] == pytest.approx(np.cos(np.radians(52)) - np.cos(np.radians(12)), abs=1e-6)
     assert centroid["score"][0] == pytest.approx(np.cos(np.radians(8)) - np.cos(np.radians(12)), abs=1e-6)
@@ -91,7 +133,7 @@ def test_every_opinion_must_agree_and_margins_are_cosines():
 
 
 def test_margin_does_not_touch_the_probe():
-    assert Fits(margin=2).judge(RIGHT, FakeContext(seeds=SEEDS))["keep"].all()
+    assert Fits(by=("probe",), at_least=0.35, margin=2).judge(RIGHT, FakeContext(seeds=SEEDS))["keep"].all()
 
 
 def test_a_seed_fits_its_own_label():
@@ -120,7 +162,7 @@ def test_an_empty_batch_gives_no_verdicts():
     assert Fits(by=("probe", "nearest", "centroid")).judge(RIGHT.head(0), FakeContext(seeds=SEEDS)).is_empty()
 
 
-@pytest.mark.parametrize("fields", [{"by": ()}, {"by": ("guess",)}, {"at_least": 1.5}, {"margin": 3}, {"threshold": 0.3}])
+@pytest.mark.parametrize("fields", [{"by": ()}, {"by": ("guess",)}, {"at_least": 2}, {"at_least": "some"}, {"margin": 3}, {"limit": 1}])
 def test_fields_are_checked(fields):
     with pytest.raises(ValidationError):
         Fits(**fields)

@@ -49,7 +49,7 @@ def test_ids_are_stable_over_versions() -> None:
 
 
 PINNED_SAMPLE = "s12a43fea620770bb1d6798cdc0e4ecd76"
-PINNED_CALL = "c119eb9163f788aa3f05add2a4ffef0bd5"
+PINNED_CALL = "c192ba847d09367d91f8104f750b3ec0d0"
 
 
 def test_a_call_is_known_by_what_changes_its_answer() -> None:
