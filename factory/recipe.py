@@ -76,7 +76,6 @@ class Recipe:
     @cached_property
     def digest(self) -> str:
         """Eight hex digits over all that changes what a run makes: parts, stages, and the bytes of the files that they name."""
-        files = {str(field): hashlib.sha256(_bytes(path)).hexdigest() for field, path in self._files()}
         paths = {str(path) for _, path in self._files()}
         stages = [[line.stage.key, _without_paths(line.stage.model_dump(mode="json"), paths)] for line in self.stages]
         identity = {
@@ -89,13 +88,22 @@ class Recipe:
                 for name, teacher in self.teachers.items()
             },
             "stages": stages,
-            "files": files,
+            "files": self._hashes,
         }
         return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:8]
 
     def run_folder(self, home: Path) -> Path:
         """Where this recipe's run lives."""
         return home / "runs" / f"{self.name}-{self.digest}"
+
+    def changed(self, folder: str) -> list[Path]:
+        """Files of the stage with this folder that no longer are as the digest has them."""
+        mine = [(field, path) for field, path in self._files() if field.startswith(f"{folder}.")]
+        return [path for field, path in mine if not path.exists() or _sha256(path) != self._hashes[field]]
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {field: _sha256(path) for field, path in self._files()}
 
     def _files(self) -> list[tuple[str, Path]]:
         return [
@@ -348,11 +356,13 @@ def _marked(model: type[BaseModel], mark: type[Any]) -> dict[str, Any]:
     return {name: m for name, field in model.model_fields.items() for m in field.metadata if isinstance(m, mark)}
 
 
-def _bytes(path: Path) -> bytes:
-    """A file's bytes; a folder's: those of its files, by name."""
+def _sha256(path: Path) -> str:
+    """The hash of a file's bytes; of a folder: of its files' names and hashes."""
     if path.is_dir():
-        return b"".join(p.name.encode() + p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file())
-    return path.read_bytes()
+        files = {str(p.relative_to(path)): _sha256(p) for p in path.rglob("*") if p.is_file()}
+        return hashlib.sha256(canonical_json(files).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _without_paths(settings: dict[str, Any], paths: set[str]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ while a generator still generates; a filter of another scope waits for all. What
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 import platform
@@ -40,6 +39,7 @@ from factory.stage import Filter, Generator, Need, Vectors
 from factory.store import (
     SAMPLES,
     VERDICTS,
+    append_json,
     failures_frame,
     read_frame,
     read_json,
@@ -54,6 +54,7 @@ from schemas.sample import Failure, Sample
 LAYOUT = 1  # of a run's folder; a folder of another layout is refused, never guessed at
 LEDGER_FILE = "ledger.db"
 Lane = queue.SimpleQueue[Sample | pl.DataFrame | None]  # from a stage to the next; None: the end
+BUDGET_SPENT = "budget spent"
 _ENOUGH_TO_GIVE_UP = 20  # unanswered calls, when they are also more than half of a stage's
 
 
@@ -99,6 +100,7 @@ class _Mill:
         self._write_status(status, reason)
 
     def _turn(self) -> tuple[str, str]:
+        self._reopen()
         self._sources()
         seeds = RunFolder(self.folder).of_fate("real")
         if seeds.is_empty():
@@ -112,20 +114,26 @@ class _Mill:
             self.state.places = {} if rounds.ANYWHERE in quota else {place: (have[place], quota[place]) for place in quota}
             if self.state.accepted >= self.recipe.target.accepted:
                 return "done", ""
-            ended = (self.folder / f"round-{number:02d}" / TARGET / "stage.json").exists()
-            if not ended:
+            end = self.folder / f"round-{number:02d}" / TARGET / "stage.json"
+            if not end.exists():
                 if self.broke:
                     return "short", f"the budget of ${self.recipe.target.budget_usd:g} is spent"
                 if idle >= rounds.STALLED_ROUNDS:
                     return "short", f"{idle} rounds in a row gave no accepted row"
                 if number > self.recipe.target.rounds:
                     return "short", f"target.rounds ({self.recipe.target.rounds}) are used up"
-            self._round(number, record, quota, have)
-            gained = RunFolder(self.folder).accepted.height - self.state.accepted
-            idle = 0 if gained else idle + 1
+                self._round(number, record, quota, have)
+            idle = 0 if read_json(end)["kept"] else idle + 1
             number += 1
 
     # -- rounds ------------------------------------------------------------------------------------------------------
+
+    def _reopen(self) -> None:
+        """Take the end from a round that the budget cut short: it is done again, and what it got the ledger answers."""
+        whole = list(RunFolder(self.folder).stage_folders())
+        cut = [i for i, folder in enumerate(whole) if BUDGET_SPENT in read_json(folder / "stage.json")["unanswered"]]
+        for folder in reversed(whole[cut[0] :] if cut else ()):  # backwards: at any moment a stage is whole only if those before it are
+            (folder / "stage.json").unlink()
 
     def _sources(self) -> None:
         lines = [line for line in self.recipe.stages if isinstance(line.stage, Generator) and line.stage.once]
@@ -162,13 +170,15 @@ class _Mill:
         good = before.join(record.fates.filter(pl.col("fate").is_in(["accepted", "surplus"])), on="id", how="semi")
         made_at, good_at = rounds.counts(before, quota), rounds.counts(good, quota)
         yields = {place: rounds.Yield(made_at[place], good_at[place]) for place in quota}
+        oversample = self.recipe.target.oversample if number == 1 else 1
         clusters: tuple[Need, ...] = ()
         if self.recipe.target.balance == "cluster":
-            origin = record.samples.select("id", "origin")
-            members = record.clusters.join(origin, left_on="sample", right_on="id")
-            missing = math.ceil((self.recipe.target.accepted - sum(have.values())) * self.recipe.target.oversample)
+            # Of kept rows alone: others fill no place, and their clusters are those of the round in which they were judged.
+            kept = record.of_fate("real", "accepted").select("id", "origin")
+            members = record.clusters.join(kept, left_on="sample", right_on="id")
+            missing = math.ceil((self.recipe.target.accepted - sum(have.values())) * oversample)
             clusters = rounds.thin_clusters(missing, yields[rounds.ANYWHERE].rate, members)
-        return rounds.needs(quota, have, yields, oversample=self.recipe.target.oversample, clusters=clusters)
+        return rounds.needs(quota, have, yields, oversample=oversample, clusters=clusters)
 
     def _choose(self, number: int, good: pl.DataFrame, quota: dict[str, int], have: dict[str, int]) -> None:
         """The target's own verdicts, which end the round."""
@@ -217,9 +227,9 @@ class _Mill:
             threads.append(threading.Thread(target=work, args=(body, out), name=line.folder, daemon=True))
         lanes[0].put(flow)
         lanes[0].put(None)
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.2)  # a join without a limit can't be interrupted by ctrl-C on every platform
@@ -286,7 +296,7 @@ class _Mill:
         folder = self._stage_folder(number, line)
         done = read_frame(folder / "verdicts.parquet", VERDICTS) if (folder / "stage.json").exists() else None
         ctx = _StageContext(self, line, number, world)
-        given: list[pl.DataFrame] = [VERDICTS.to_frame()]
+        given, new = [VERDICTS.to_frame()], [SAMPLES.to_frame().select("id")]
         start = time.monotonic()
         working = 0.0
         batches = _batches(lane) if stage.scope == "sample" else iter([_drained(lane)])
@@ -302,8 +312,9 @@ class _Mill:
                 _one_verdict_each(line, asked, verdicts)
             working += time.monotonic() - began
             given.append(verdicts)
+            new.append(batch.select("id"))
             kept = batch.join(verdicts.filter("keep").select("sample"), left_on="id", right_on="sample", how="semi", maintain_order="left")
-            shown_state.done += asked.height
+            shown_state.done += batch.height
             shown_state.kept += kept.height
             shown_state.rejected += batch.height - kept.height
             out.put(kept)
@@ -312,13 +323,20 @@ class _Mill:
             verdicts = pl.concat(given).sort("sample")
             write_frame(folder / "verdicts.parquet", verdicts)
             ctx.tally.seconds = working if stage.scope == "sample" else time.monotonic() - start
-            self._finish(number, line.folder, "filter", ctx.tally, verdicts=verdicts)
+            counted = verdicts.join(pl.concat(new), left_on="sample", right_on="id", how="semi")  # of the pool, what is new
+            self._finish(number, line.folder, "filter", ctx.tally, verdicts=counted)
         shown_state.state = "done"
 
     # -- what is written ---------------------------------------------------------------------------------------------
 
     def _finish(self, number: int, name: str, kind: str, tally: _Tally, *, made: int = 0, verdicts: pl.DataFrame | None = None) -> None:
-        """Write `stage.json`: the stage is whole."""
+        """Write `stage.json`: the stage is whole. RunError where its files are no longer those that the run's digest is of."""
+        if changed := self.recipe.changed(name):
+            raise RunError(
+                f"a file of the recipe changed while it ran: {changed[0]}",
+                where=f"stage {name}",
+                next="Run the same command: the changed recipe has a folder of its own, and the ledger answers what was asked.",
+            )
         judged = VERDICTS.to_frame() if verdicts is None else verdicts
         rejected = judged.filter(~pl.col("keep"))["reason"].fill_null("no reason").value_counts()
         stage = {
@@ -373,10 +391,7 @@ class _Mill:
         self._log(status, reason=reason, accepted=record.accepted.height, micro_usd=paid)
 
     def _log(self, event: str, **facts: Any) -> None:
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(
-                json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}, ensure_ascii=False) + "\n"
-            )
+        append_json(self.folder / "log.jsonl", {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts})
 
     # -- small things ------------------------------------------------------------------------------------------------
 
@@ -466,18 +481,18 @@ class _StageContext:
                 yield self._counted(answer)
         except BudgetSpent:
             self._mill.broke = True
-            left = [*pulled.values(), *(source if self._drains else ())]
+            left = [*pulled.values(), *(pull() if self._drains else ())]
             for call in left:
                 teacher = self._mill.recipe.teachers[call.teacher]
                 key = filled(call, teacher).key(*teacher.identity())
-                yield self._counted(Answer(call=call, key=key, reply=None, error="budget spent"))
+                yield self._counted(Answer(call=call, key=key, reply=None, error=BUDGET_SPENT))
 
     def _counted(self, answer: Answer) -> Answer:
         tally = self.tally
         tally.calls.add(answer.key)
         if answer.reply is None:
             tally.unanswered[(answer.error or "failed").split(":")[0][:60]] += 1
-            failed = tally.unanswered.total() - tally.unanswered["budget spent"]
+            failed = tally.unanswered.total() - tally.unanswered[BUDGET_SPENT]
             if failed >= _ENOUGH_TO_GIVE_UP and failed > tally.asked / 2:
                 raise RunError(
                     f"{failed} of {tally.asked} calls failed, last: {answer.error}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -159,7 +160,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise _unwritable(path, part, error) from error
+        part.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -167,18 +169,20 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def append_json(path: Path, value: Any) -> None:
+    """Add `value` to a file of JSON lines."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def write_frame(path: Path, frame: pl.DataFrame) -> None:
     """Write a frame as Parquet, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            frame.write_parquet(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise _unwritable(path, part, error) from error
+    buffer = io.BytesIO()  # polars calls a full disk a ComputeError
+    frame.write_parquet(buffer)
+    write_bytes(path, buffer.getvalue())
 
 
 def read_json(path: Path) -> Any:
@@ -217,8 +221,8 @@ def read_frame(path: Path, schema: pl.Schema) -> pl.DataFrame:
     return frame
 
 
-def _unwritable(path: Path, part: Path, error: OSError) -> StoreError:
-    part.unlink(missing_ok=True)
+def unwritable(path: Path, error: OSError) -> StoreError:
+    """What to tell where a file can't be written: a full disk, or rights."""
     return StoreError(
         f"can't write: {error.strerror or error}",
         where=str(path),

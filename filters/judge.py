@@ -54,7 +54,7 @@ class Judge(Filter):
     """
 
     key = "judge"
-    ranks: ClassVar[bool] = True
+    ranks = True
     scope = "sample"
 
     rubric: str | None = None

@@ -11,7 +11,8 @@ class Target(BaseModel):
     """What a run is to reach: `accepted` made rows, within `budget_usd`, in at most `rounds` rounds.
 
     `balance: label` gives every label of the seeds an equal share of the rows; `balance: cluster` aims at thin clusters.
-    `oversample`: how many times the missing rows a round aims at, so that the target can choose the best of them.
+    `oversample`: how many times the missing rows the first round aims at, so that the target can choose the best of them;
+    later rounds fill up what is short.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

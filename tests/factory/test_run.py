@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import polars as pl
 import pytest
@@ -17,7 +17,7 @@ from factory.errors import RunError, RunLocked, StoreError
 from factory.recipe import Recipe, StageLine
 from factory.records import RunFolder
 from factory.run import run
-from factory.stage import Context, Filter, Generator, Stage
+from factory.stage import Context, Filter, Generator, RecipeFile, Stage
 from factory.store import verdicts_from
 from factory.teacher import Connection, Price, Teacher
 from schemas.call import Call, Params, Reply
@@ -293,3 +293,160 @@ def test_no_seed_for_a_teacher_is_an_error(tmp_path: Path) -> None:
     empty = Recipe(base.path, base.text, base.name, base.target, base.teachers, (StageLine("01-empty", Empty()), base.stages[1]))
     with pytest.raises(RunError, match="no seed that a teacher may see"):
         run(empty, tmp_path / "mill", view="quiet")
+
+
+class Slowly(Generator):
+    """Asks once a round, so that a target takes many rounds."""
+
+    key = "slowly"
+
+    def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+        label = ctx.needs[0].label
+        for answer in ctx.ask([Call(teacher="t", prompt=f"{label} r{ctx.round}", params=Params(max_tokens=4))]):
+            if answer.reply is None:
+                yield Failure(reason="unanswered", call=answer.key)
+            else:
+                yield chat(answer.reply.text, label or "", generator=ctx.stage, round=ctx.round, call=answer.key)
+
+
+class Pool(Filter):
+    """Gives every row a cluster, its label's."""
+
+    key = "pool"
+    scope = "pool"
+
+    def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+        detail = pl.Series([json.dumps({"cluster": int(x == "b"), "name": ""}) for x in samples["label"]], dtype=pl.String)
+        return verdicts_from(samples["id"], keep=pl.Series([True] * samples.height, dtype=pl.Boolean), detail=detail)
+
+
+class Asking(Filter):
+    """Asks about each sample, and rejects what is not answered."""
+
+    key = "asking"
+
+    def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+        calls = (Call(teacher="t", prompt=id, ref=id, params=Params(max_tokens=4)) for id in samples["id"])
+        answers = {answer.call.ref: answer.reply is not None for answer in ctx.ask(calls)}
+        keep = pl.Series([answers[id] for id in samples["id"]], dtype=pl.Boolean)
+        return verdicts_from(samples["id"], keep=keep, reason=pl.select(pl.when(~keep).then(pl.lit("not judged"))).to_series())
+
+
+def test_a_run_of_many_rounds_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    short = turn(tmp_path, Slowly(), Pool(), accepted=8, rounds=5)
+    assert short.status["reason"].startswith("target.rounds (5)")
+    done = turn(tmp_path, Slowly(), Pool(), accepted=8, rounds=12)
+    assert (done.path, done.status["status"], done.status["rounds"]) == (short.path, "done", 8)
+    assert len(ASKED) == len(set(ASKED)) == 8
+
+
+def test_what_a_filter_of_the_pool_says_of_kept_rows_is_not_counted_again(tmp_path: Path) -> None:
+    folder = turn(tmp_path, Slowly(), Pool(), accepted=3)
+    row = {row.stage: row for row in folder.funnel()}["03-pool"]
+    assert (row.judged, row.kept) == (3, 3)
+    assert folder.verdicts.filter(pl.col("by") == "03-pool").height == 3 + 4 + 5  # all of them are on disk
+
+
+def test_killed_at_any_write_a_run_ends_in_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    stages, goal = (Words(), Even(), Pool(), Slowly(), No(), All()), {"accepted": 6, "rounds": 2}
+    whole = turn(tmp_path / "whole", *stages, **goal)
+    asked = len(ASKED)
+    writes = 0
+    while True:
+        ASKED.clear()
+        left = writes
+
+        def fsync(_: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        place = tmp_path / f"killed-{writes}"
+        with monkeypatch.context() as patch:
+            patch.setattr("factory.store.os.fsync", fsync)
+            try:
+                turn(place, *stages, **goal)
+            except Killed:
+                pass
+            else:
+                break
+        again = turn(place, *stages, **goal)
+        assert again.fates.sort("id").equals(whole.fates.sort("id")), f"killed at write {writes}"
+        assert again.failures.equals(whole.failures)
+        assert len(ASKED) == asked
+        writes += 1
+    assert writes > 20
+
+
+def test_a_round_that_the_budget_cut_short_is_done_again_with_more(tmp_path: Path) -> None:
+    paid = Scripted(price=Price(input_usd_per_mtok=0, output_usd_per_mtok=100_000))  # $0.2 an answer, at most $0.4
+
+    def go(budget_usd: float) -> RunFolder:
+        return run(recipe(tmp_path, Words(), Asking(), teacher=paid, budget_usd=budget_usd), tmp_path / "mill", view="quiet")
+
+    short = go(3.5)
+    assert short.fates.filter(pl.col("reason") == "not judged").height > 0
+    asking = short.stages[-2]
+    assert asking["asked"] == asking["answered"] + asking["unanswered"]["budget spent"] == 12
+    for _ in range(3):
+        again = go(3.5)
+        assert (again.status["rounds"], again.status["status"]) == (1, "short")
+    richer = go(100)
+    assert (richer.path, richer.status["status"], richer.status["rounds"]) == (short.path, "done", 1)
+    assert richer.fates.filter(pl.col("reason") == "not judged").height == 0
+    assert len(ASKED) == len(set(ASKED))
+
+
+def test_thin_clusters_are_counted_in_kept_rows_alone(tmp_path: Path) -> None:
+    """Two seeds, one a cluster; what was rejected after it was given a cluster fills none."""
+
+    class NoB(Filter):
+        key = "nob"
+
+        def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+            keep = samples["label"] == "a"
+            return verdicts_from(samples["id"], keep=keep, reason=pl.select(pl.when(~keep).then(pl.lit("b"))).to_series())
+
+    aims: list[list[tuple[int | None, int]]] = []
+
+    class Both(Generator):
+        key = "both"
+
+        def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+            aims.append([(need.cluster, need.missing) for need in ctx.needs])
+            for label in "aabbbb":
+                where = {"generator": ctx.stage, "round": ctx.round}
+                yield chat(f"{label} {ctx.round} {ctx.rng.random()}", label, **where)
+
+    turn(tmp_path, Both(), Pool(), NoB(), accepted=4, balance="cluster")
+    assert aims == [[(None, 4)], [(1, 2)]]
+
+
+def test_a_file_of_the_recipe_that_changes_during_a_run_stops_it(tmp_path: Path) -> None:
+    rubric = tmp_path / "rubric.md"
+    rubric.write_text("strict")
+
+    class Ruled(Even):
+        key = "ruled"
+        file: Annotated[Path, RecipeFile()] = rubric
+
+        def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+            self.file.write_text(self.file.read_text() + " and stricter")
+            return super().judge(samples, ctx)
+
+    with pytest.raises(RunError, match=r"changed while it ran.*rubric\.md"):
+        turn(tmp_path, Words(), Ruled())
+    folder = next((tmp_path / "mill" / "runs").iterdir())
+    assert [stage["stage"] for stage in RunFolder(folder).stages] == ["01-source", "02-words"]
+
+
+def test_a_disk_that_is_full_for_the_log_says_so(tmp_path: Path) -> None:
+    folder = turn(tmp_path, Words(), Even()).path
+    (folder / "log.jsonl").unlink()
+    (folder / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StoreError, match="No space left"):
+        turn(tmp_path, Words(), Even())
