@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 .PHONY: install check test demo bench release clean
 
 install: .venv/installed
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
@@ -33,10 +33,12 @@ model: install
 demo: install model
 	$(BIN)/gristmill run examples/bank-intents
 	$(BIN)/gristmill release examples/bank-intents
-	$(BIN)/python bench/probe.py --seeds examples/bank-intents/seeds.jsonl --version mill/datasets/bank-intents/latest --dev bench/data/banking77_dev.jsonl
+	$(BIN)/python bench/probe.py --seeds examples/bank-intents/seeds.jsonl --version mill/datasets/bank-intents --dev bench/data/banking77_dev.jsonl
 
+# Minutes to half an hour; writes bench/results/*.json.
 bench: install model
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/startup.py --json bench/results/startup.json
+	$(BIN)/python bench/demo.py --json bench/results/demo.json
 
 # A wheel and an sdist, checked.
 release: check test

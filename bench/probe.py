@@ -1,7 +1,9 @@
 """What a version is worth: a linear probe trained on the seeds alone, against one trained on the seeds and its made rows.
 
-    python bench/probe.py --seeds examples/bank-intents/seeds.jsonl --version mill/datasets/bank-intents/v1 \\
+    python bench/probe.py --seeds examples/bank-intents/seeds.jsonl --version mill/datasets/bank-intents \\
         --dev bench/data/banking77_dev.jsonl [--json out.json]
+
+`--version` is a version's folder, or a dataset's: then the newest of its versions.
 
 Every file holds a JSON object a line with chat `messages`, the last of which is the label. All rows of the version that
 are not among the seeds count as made; a made row whose input stands in the development file is left out, and said so.
@@ -10,6 +12,7 @@ are not among the seeds count as made; a made row whose input stands in the deve
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -31,6 +34,16 @@ def labelled(path: Path) -> pl.DataFrame:
     return rows.select(input=asked.list.first(), label=content.list.last())
 
 
+def newest(folder: Path) -> Path:
+    """`folder` where it is a version, else the newest version in it; exits where there is none."""
+    if (folder / "manifest.json").exists():
+        return folder
+    versions = [path for path in folder.glob("v*") if path.name[1:].isdigit() and (path / "manifest.json").exists()]
+    if not versions:
+        sys.exit(f"{folder} is not a version, and holds none")
+    return max(versions, key=lambda path: int(path.name[1:]))
+
+
 def line(name: str, rows: int, score: ProbeScore) -> str:
     """One line of the table."""
     right = round(score.accuracy * score.n)
@@ -46,7 +59,8 @@ def main() -> None:
     options = parser.parse_args()
 
     seeds, dev = labelled(options.seeds), labelled(options.dev)
-    files = [options.version / f"{split}.jsonl" for split in SPLITS]
+    folder = newest(options.version)
+    files = [folder / f"{split}.jsonl" for split in SPLITS]
     version = pl.concat([labelled(file) for file in files if file.exists() and file.stat().st_size])
     made = version.join(seeds, on=["input", "label"], how="anti", maintain_order="left")
     fair = made.join(dev, on="input", how="anti", maintain_order="left")

@@ -120,10 +120,15 @@ def show(recipe: Path, sample: str | None, number: int, rejected: bool, reason: 
 @_told
 def release(recipe: Path, force: bool) -> None:
     """Cut a version of RECIPE's dataset from its run: JSONL splits, manifest, lineage, card and report."""
+    from factory.errors import AlreadyReleased
     from factory.publish import release_run
     from factory.show import released
 
-    version = release_run(_recipe(recipe), home(), force=force)
+    try:
+        version = release_run(_recipe(recipe), home(), force=force)
+    except AlreadyReleased as known:
+        click.echo(str(known))
+        version = known.folder
     _print(released(_run_of(recipe), version))
 
 

@@ -8,6 +8,7 @@ GristmillError                what the user can mend: printed as what, where, ne
         RunLocked             another process works in this run's folder
     StoreError                files of a run or version that are missing, broken or of another version
     ReleaseError              a version that can't be made from what a run holds
+        AlreadyReleased       the last version holds exactly these rows; carries its folder
     MissingExtra              a package that the asked-for feature needs and that is not installed
 TeacherFault                  one request that failed; the gateway decides what follows from its kind
 
@@ -17,6 +18,7 @@ A bug is none of these and keeps its traceback.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -76,6 +78,14 @@ class StoreError(GristmillError):
 
 class ReleaseError(GristmillError):
     """A version that can't be made from what the run holds."""
+
+
+class AlreadyReleased(ReleaseError):
+    """The last version holds exactly these rows; `folder` is its."""
+
+    def __init__(self, what: str, folder: Path, *, next: str) -> None:
+        super().__init__(what, next=next)
+        self.folder = folder
 
 
 class MissingExtra(GristmillError):

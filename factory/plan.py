@@ -71,7 +71,11 @@ def make_plan(recipe: Recipe, home: Path) -> Plan:
         if isinstance(line.stage, Generator) and line.stage.once
         for item in line.stage.generate(SAMPLES.to_frame(), _Still(recipe, line.folder))
     ]
-    samples = list({s.id: s for s in read if isinstance(s, Sample)}.values())
+    first: dict[str, Sample] = {}
+    for item in read:
+        if isinstance(item, Sample):
+            first.setdefault(item.id, item)  # of two alike the first, as in a run: the questions must be the same
+    samples = list(first.values())
     everything = samples_frame(samples)
     seeds = everything.filter(~pl.col("holdout"))
     if seeds.is_empty():
@@ -137,7 +141,9 @@ def _rate(recipe: Recipe, home: Path) -> tuple[float | None, str]:
     """Good rows a sample made: what the last run of a recipe of this name gave, else an assumption."""
     for folder in sorted((home / "runs").glob(f"{recipe.name}-????????"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            fates = RunFolder(folder).fates
+            run = RunFolder(folder)
+            _ = run.status
+            fates = run.fates
         except GristmillError:
             continue  # a run of another layout tells nothing
         made = fates.filter(pl.col("fate").is_in(["accepted", "surplus", "rejected"])).height

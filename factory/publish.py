@@ -26,7 +26,9 @@ def run_of(recipe: Recipe, home: Path) -> RunFolder:
         raise StoreError(
             "this recipe has not been run, or was changed since", where=str(folder), next=f"Run it: gristmill run {recipe.path.parent}"
         )
-    return RunFolder(folder)
+    run = RunFolder(folder)
+    _ = run.status  # a run of another layout is refused here
+    return run
 
 
 def release_run(recipe: Recipe, home: Path, *, force: bool = False) -> Path:

@@ -133,6 +133,8 @@ def load_recipe(where: Path) -> Recipe:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError([Problem(f"not UTF-8: {error}", str(path))]) from error
+    except OSError as error:
+        raise RecipeError([Problem(f"can't be read: {error.strerror}", str(path))]) from error
     return _Reading(path, text).recipe()
 
 
@@ -159,7 +161,8 @@ class _Reading:
         embedder = self._part(EmbedderChoice, data.get("embedder", {}), ("embedder",))
         release = self._part(ReleasePlan, data.get("release", {}), ("release",))
         teachers = self._teachers(data.get("teachers", {}))
-        stages = self._stages(data.get("stages"), list(data.get("teachers") or {}))
+        named = data.get("teachers")
+        stages = self._stages(data.get("stages"), list(named) if isinstance(named, dict) else [])
         self._money(target, teachers)
         if self.problems:
             raise RecipeError(sorted(self.problems, key=lambda problem: problem.line or 0))
@@ -194,7 +197,7 @@ class _Reading:
             keys: set[str] = set()
             for key, value in node.value:
                 inner = (*where, str(key.value))
-                if key.value in keys:
+                if str(key.value) in keys:
                     self.problems.append(Problem(f"the key {key.value!r} stands twice", str(self.path), key.start_mark.line + 1))
                 keys.add(str(key.value))
                 self.lines[inner] = key.start_mark.line + 1
@@ -287,6 +290,8 @@ class _Reading:
                 lines.append(StageLine(f"{i + 1:02d}-{key}", stage))
         if lines and not any(isinstance(line.stage, Generator) and line.stage.once for line in lines):
             self._problem(("stages",), "no stage brings seeds in: start with `- seeds: {path: seeds.jsonl}`")
+        if len(lines) == len(value) and not any(isinstance(line.stage, Generator) and not line.stage.once for line in lines):
+            self._problem(("stages",), "no stage makes samples: add one, e.g. `- compose: {}`")
         return tuple(lines)
 
     def _absolute(self, model: type[Stage], settings: Any) -> Any:

@@ -14,8 +14,10 @@ from typing import Any
 
 import polars as pl
 
+from factory.errors import StoreError
 from factory.store import FAILURES, SAMPLES, VERDICTS, read_frame, read_json
 
+LAYOUT = 1  # of a run's folder; a folder of another layout is refused, never guessed at
 TARGET = "target"
 
 
@@ -48,10 +50,8 @@ class RunFolder:
 
     def stage_folders(self) -> Iterator[Path]:
         """The folders of stages that finished, in the order in which they ran."""
-        for round_folder in sorted(self.path.glob("round-*")):
-            for folder in sorted(round_folder.iterdir()):  # "target" sorts behind the numbered ones
-                if (folder / "stage.json").exists():
-                    yield folder
+        whole = [marker.parent for marker in self.path.glob("round-*/*/stage.json")]
+        yield from sorted(whole, key=lambda folder: (_round_of(folder), folder.name))  # "target" sorts behind the numbered ones
 
     @cached_property
     def stages(self) -> list[dict[str, Any]]:
@@ -60,8 +60,17 @@ class RunFolder:
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        """`run.json`: status ("running", "done", "short", "stopped"), reason, rounds, money (micro_usd), seconds."""
+        """`run.json`: status ("running", "done", "short", "stopped"), and once it stopped reason, rounds, micro_usd, seconds.
+
+        StoreError where the run is of another layout.
+        """
         status: dict[str, Any] = read_json(self.path / "run.json")
+        if (layout := status.get("layout")) != LAYOUT:
+            raise StoreError(
+                f"this run was written in layout {layout}; this version of Gristmill reads layout {LAYOUT}",
+                where=str(self.path),
+                next="Move the folder away and run again: the ledger answers what was paid for.",
+            )
         return status
 
     @cached_property

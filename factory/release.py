@@ -22,7 +22,7 @@ import jinja2
 import polars as pl
 from pydantic import ValidationError
 
-from factory.errors import ReleaseError, StoreError
+from factory.errors import AlreadyReleased, ReleaseError, StoreError
 from factory.records import RunFolder
 from factory.report import write_report
 from factory.splits import NEAR, assign, near_groups, nearest, normalised
@@ -115,7 +115,7 @@ def release(
     number = versions[-1].manifest.version + 1 if versions else 1
     tables = {f"{split}.jsonl": _jsonl(cut.rows.filter(pl.col("split") == split)) for split in SPLITS}
     if versions and not force:
-        _refuse_the_same(tables, versions[-1].manifest)
+        _refuse_the_same(tables, versions[-1].manifest, home)
 
     part = _part_folder(home, number)
     try:
@@ -267,11 +267,11 @@ def _earlier(folder: Path) -> _Version:
     return _Version(manifest, dict(lineage.iter_rows()), test)
 
 
-def _refuse_the_same(tables: Mapping[str, bytes], last: Manifest) -> None:
+def _refuse_the_same(tables: Mapping[str, bytes], last: Manifest, home: Path) -> None:
     if all(last.files[file].sha256 == hashlib.sha256(data).hexdigest() for file, data in tables.items()):
-        raise ReleaseError(
-            f"v{last.version} already holds exactly these rows",
-            where=last.name,
+        raise AlreadyReleased(
+            f"{last.name} v{last.version} already holds exactly these rows",
+            home / f"v{last.version}",
             next=f"Use v{last.version}; or, to write it again with today's card and report as v{last.version + 1}, say --force.",
         )
 

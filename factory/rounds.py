@@ -20,7 +20,7 @@ from schemas.recipe import Target
 Numbers = NDArray[np.floating[Any]]
 Redundancy = Callable[[str, pl.DataFrame], tuple[Numbers, Numbers]]  # of a place and its candidates; see `_most_marginal`
 
-ANYWHERE = "all"
+ANYWHERE = "\0"  # the one place of a target without labels; no label that a person wrote
 STALLED_ROUNDS = 3
 _DIVERSITY = 0.5  # weight of likeness against quality in a choice; from 0.5 to 1 the demo's probe does not move (docs/log.md)
 _LEAST_RATE = 0.05  # a place that gave nothing is still asked for at most 20 times what it lacks

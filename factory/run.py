@@ -29,12 +29,12 @@ import polars as pl
 
 from factory import rounds
 from factory.embed import Embedder, open_embedder
-from factory.errors import BudgetSpent, RunError, RunLocked, StoreError
+from factory.errors import BudgetSpent, RunError, RunLocked
 from factory.gateway import Gateway, filled
 from factory.ledger import Ledger
 from factory.progress import RunState, StageState, shown
 from factory.recipe import Recipe, StageLine
-from factory.records import TARGET, RunFolder
+from factory.records import LAYOUT, TARGET, RunFolder
 from factory.stage import Filter, Generator, Need, Vectors
 from factory.store import (
     SAMPLES,
@@ -44,6 +44,7 @@ from factory.store import (
     read_frame,
     read_json,
     samples_frame,
+    unwritable,
     write_bytes,
     write_frame,
     write_json,
@@ -51,7 +52,6 @@ from factory.store import (
 from schemas.call import Answer, Call
 from schemas.sample import Failure, Sample
 
-LAYOUT = 1  # of a run's folder; a folder of another layout is refused, never guessed at
 LEDGER_FILE = "ledger.db"
 Lane = queue.SimpleQueue[Sample | pl.DataFrame | None]  # from a stage to the next; None: the end
 BUDGET_SPENT = "budget spent"
@@ -589,13 +589,7 @@ def _open_folder(folder: Path, recipe: Recipe) -> None:
     """Make the run's folder, or check that the one there is of this layout."""
     status = folder / "run.json"
     if status.exists():
-        layout = read_json(status).get("layout")
-        if layout != LAYOUT:
-            raise StoreError(
-                f"this run was written in layout {layout}; this version of Gristmill reads layout {LAYOUT}",
-                where=str(folder),
-                next="Move the folder away and run again: the ledger answers what was paid for.",
-            )
+        _ = RunFolder(folder).status
         return
     write_bytes(folder / "recipe.yaml", recipe.text.encode())
     write_json(status, {"layout": LAYOUT, "name": recipe.name, "digest": recipe.digest, "status": "running", "seconds": 0.0})
@@ -608,9 +602,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
     except OSError as error:
-        raise StoreError(
-            f"can't write: {error.strerror}", where=str(folder), next="Mend the folder's rights, or set GRISTMILL_HOME."
-        ) from error
+        raise unwritable(folder, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -621,9 +613,12 @@ def _locked(folder: Path) -> Iterator[None]:
                 where=str(folder),
                 next="Wait for it, or stop it, and run the same command.",
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        except OSError as error:
+            raise unwritable(folder, error) from error
         yield
 
 

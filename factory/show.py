@@ -30,7 +30,7 @@ def outcome(run: RunFolder) -> RenderableType:
     good = status["status"] == "done"
     head = Text.assemble(
         (status["status"], "bold green" if good else "bold yellow"),
-        f": {status.get('accepted', 0)} of {status.get('wanted', '?')} rows accepted in {status.get('rounds', 0)} rounds",
+        f": {run.accepted.height} of {status.get('wanted', '?')} rows accepted in {status.get('rounds', 0)} rounds",
         f" · cost {dollars(status.get('micro_usd'))}",
         f" · {duration(status.get('seconds', 0))}",
     )
@@ -194,8 +194,8 @@ def released(run: RunFolder, version: Path) -> RenderableType:
     status = run.status
     lines = Text.assemble(
         ("released ", "bold green"),
-        f"{sum(splits.values())} rows as {manifest['name']} {manifest['version']}",
-        f" · cost {dollars(status['micro_usd'])} · run took {duration(status['seconds'])}\n",
+        f"{sum(splits.values())} rows as {manifest['name']} v{manifest['version']}",
+        f" · cost {dollars(manifest['micro_usd'])} · run took {duration(status.get('seconds', 0))}\n",
         f"dataset: {version}\nreport:  {version / 'report.html'}",
     )
     return Group(funnel_table(run.funnel(), splits), Text(), lines)

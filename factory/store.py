@@ -195,7 +195,7 @@ def read_json(path: Path) -> Any:
         raise StoreError(
             f"this file is not whole JSON: {error}",
             where=str(path),
-            next="Delete its folder and run again: the ledger answers what was paid for.",
+            next="If it is a run's, delete the run's folder and run again: the ledger answers what was paid for.",
         ) from error
 
 
@@ -209,7 +209,7 @@ def read_frame(path: Path, schema: pl.Schema) -> pl.DataFrame:
         raise StoreError(
             f"this file can't be read as Parquet: {error}",
             where=str(path),
-            next="Delete its folder and run again: the ledger answers what was paid for.",
+            next="Delete the run's folder and run again: the ledger answers what was paid for.",
         ) from error
     if frame.schema != schema:
         other = sorted(set(frame.columns) ^ set(schema.names())) or "types"

@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from factory.records import RunFolder
+from factory.records import LAYOUT, RunFolder
 from factory.store import VERDICTS, failures_frame, samples_frame, verdicts_frame, write_bytes, write_frame, write_json
 from schemas.manifest import ReleaseFacts, TeacherFacts
 from schemas.sample import Failure, Message, Provenance, Sample
@@ -167,7 +167,10 @@ def write_run(
     places = {label: [accepted.filter(pl.col("label") == label).height, quota] for label in labels}
     seconds, wanted = 192.4, quota * max(1, len(labels))
     run = {"name": "bank", "status": status, "reason": "the target is met" if status == "done" else "two labels gave nothing more"}
-    write_json(folder / "run.json", {**run, "wanted": wanted, "places": places, "rounds": 2, "micro_usd": 12_345, "seconds": seconds})
+    write_json(
+        folder / "run.json",
+        {"layout": LAYOUT, **run, "wanted": wanted, "places": places, "rounds": 2, "micro_usd": 12_345, "seconds": seconds},
+    )
     write_bytes(folder / "recipe.yaml", b"name: bank\n")
     return RunFolder(folder)
 

@@ -88,6 +88,9 @@ extra: 1
         ("name: &x [*x]\n", "contains itself"),
         (GOOD.replace("{accepted: 10, balance: label}", "12"), "takes keys and values"),
         (GOOD + "  - near\n  - {a: 1, b: 2}\n", "a stage is one key"),
+        (GOOD.replace("\n  echo: {kind: fake, model: fake}", " 5"), "teachers are names with settings"),
+        (GOOD + "? [a, b]\n: 1\n", "not YAML: found unhashable key"),
+        (GOOD.replace("  - compose: {teachers: [echo]}\n", ""), "no stage makes samples"),
     ],
 )
 def test_broken_recipes_say_what_is_wrong(folder: Path, text: str, part: str) -> None:
@@ -99,6 +102,15 @@ def test_a_budget_needs_known_prices(folder: Path) -> None:
         "{kind: fake, model: fake}", "{kind: openai, model: some, base_url: 'http://127.0.0.1:1/v1'}"
     )
     assert "price of teacher 'echo' is unknown" in problems(folder, text)[0][1]
+
+
+def test_a_recipe_that_cannot_be_read_is_an_error_and_no_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(RecipeError, match="Permission denied"):
+        load_recipe(folder)
 
 
 def test_no_recipe_says_how_to_get_one(tmp_path: Path) -> None:
@@ -117,8 +129,12 @@ def test_the_digest_follows_what_changes_the_rows_and_nothing_else(folder: Path)
     assert digest("# a comment\n" + GOOD) == first
     assert digest(GOOD.replace("0.8", "0.9")) != first
     assert digest(GOOD.replace("accepted: 10", "accepted: 11")) != first
+    assert digest() == first
+    read = load_recipe(folder)
+    assert (read.digest, read.changed("01-seeds")) == (first, [])
     (folder / "seeds.jsonl").write_text('{"prompt": "hello", "completion": "greeting"}\n')
     assert digest() != first
+    assert (read.changed("01-seeds"), read.changed("02-compose")) == ([folder / "seeds.jsonl"], [])
     moved = folder.parent / "moved"
     folder.rename(moved)
     digest_before_move = load_recipe(moved).digest

@@ -18,6 +18,9 @@ SEEDS = frame(*[chat(f"{label} {i}", label, origin="real") for label in "abc" fo
 def test_quotas_add_up_to_the_target() -> None:
     assert rounds.quotas(Target(accepted=10, balance="label"), SEEDS) == {"a": 4, "b": 3, "c": 3}
     assert rounds.quotas(Target(accepted=10), SEEDS) == {ANYWHERE: 10}
+    one = frame(chat("hi", "all", origin="real"), chat("ho", "other", origin="real"))  # "all" is a label like any other
+    quota = rounds.quotas(Target(accepted=4, balance="label"), one)
+    assert rounds.counts(one, quota) == {"all": 1, "other": 1}
     with pytest.raises(RunError, match="no seed has a label"):
         rounds.quotas(Target(accepted=10, balance="label"), frame(chat("hi", origin="real")))
 

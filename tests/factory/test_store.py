@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 from pathlib import Path
 
 import polars as pl
@@ -52,6 +53,18 @@ def test_a_full_disk_is_an_error_that_says_so_and_leaves_what_was_there(tmp_path
         write_frame(tmp_path / "s.parquet", samples_frame(ROWS))
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_table_is_the_same_error(tmp_path: Path) -> None:
+    many = samples_frame([chat(f"{n} " * 200) for n in range(500)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(StoreError, match="can't write: File too large"):
+            write_frame(tmp_path / "s.parquet", many)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_that_are_broken_or_of_another_version_are_refused_with_their_name(tmp_path: Path) -> None:
