@@ -5,7 +5,7 @@ MODEL := smollm2-135m-instruct
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install check test demo bench release clean
+.PHONY: install check test test-embed demo bench release clean
 
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt Makefile
@@ -23,6 +23,11 @@ check: install
 
 test: install model
 	$(BIN)/python -m pytest
+
+# The embedder by sentence-transformers, which brings torch: apart from the rest, as it weighs more than all of it.
+test-embed: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch sentence-transformers
+	$(BIN)/python -m pytest tests/factory/test_embed.py
 
 # The embedded teacher: 98 MB, fetched once, kept in the user's cache.
 .PHONY: model

@@ -15,13 +15,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+import polars as pl
+from probe import labelled
+
+from factory.embed import open_embedder
 from factory.publish import release_run
 from factory.recipe import load_recipe
 from factory.run import run
 from factory.store import read_json, write_json
+from trainer.probe import probe_accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "bank-intents"
+MEANS = ("rounds", "run_s", "made", "seeds_alone", "seeds_and_made", "seeds_and_all_unfiltered")
 DEV = ROOT / "bench" / "data" / "banking77_dev.jsonl"
 
 
@@ -32,7 +38,9 @@ def once(seed: int, folder: Path) -> dict[str, float]:
     (task / "seeds.jsonl").write_bytes((EXAMPLE / "seeds.jsonl").read_bytes())
     (task / "recipe.yaml").write_text((EXAMPLE / "recipe.yaml").read_text().replace("\nname:", f"\nseed: {seed}\nname:", 1))
     recipe, home = load_recipe(task), folder / "mill"
-    status = run(recipe, home).status
+    turned = run(recipe, home)
+    status, made = turned.status, turned.samples.filter(pl.col("origin") == "made").select("input", "label")
+    everything = pl.concat([labelled(EXAMPLE / "seeds.jsonl"), made.join(labelled(DEV), on="input", how="anti", maintain_order="left")])
     version = release_run(recipe, home)
     scores = folder / "probe.json"
     probe = [sys.executable, str(ROOT / "bench" / "probe.py"), "--seeds", str(EXAMPLE / "seeds.jsonl"), "--version", str(version)]
@@ -45,6 +53,8 @@ def once(seed: int, folder: Path) -> dict[str, float]:
         "run_s": status["seconds"],
         "seeds_alone": found["seeds"]["accuracy"],
         "seeds_and_made": found["seeds_and_made"]["accuracy"],
+        "made": made.height,
+        "seeds_and_all_unfiltered": probe_accuracy(everything, labelled(DEV), open_embedder(recipe.embedder).embed).accuracy,
     }
 
 
@@ -59,7 +69,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             runs.append(once(seed, Path(folder)))
         print(runs[-1], flush=True)
-    means = {name: statistics.mean(run[name] for run in runs) for name in ("rounds", "run_s", "seeds_alone", "seeds_and_made")}
+    means = {name: statistics.mean(run[name] for run in runs) for name in MEANS}
     print("mean:", means)
     if options.json:
         write_json(options.json, {"runs": runs, "mean": means})

@@ -55,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, what in (("seeds", "the real rows"), ("version", "folder of a released version"), ("dev", "rows to score on")):
         parser.add_argument(f"--{name}", type=Path, required=True, help=what)
+    parser.add_argument("--embedder", choices=["onnx", "sentence-transformers", "static"], default="onnx")
+    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a name or folder that the embedder knows")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
 
@@ -65,7 +67,7 @@ def main() -> None:
     made = version.join(seeds, on=["input", "label"], how="anti", maintain_order="left")
     fair = made.join(dev, on="input", how="anti", maintain_order="left")
 
-    embed = open_embedder(EmbedderChoice()).embed
+    embed = open_embedder(EmbedderChoice(kind=options.embedder, model=options.model)).embed
     alone = probe_accuracy(seeds, dev, embed)
     both = probe_accuracy(pl.concat([seeds, fair]), dev, embed)
     gain = paired_difference(alone.predicted, both.predicted, dev["label"].to_list())

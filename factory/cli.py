@@ -38,7 +38,8 @@ def _told(command: F) -> F:
             sys.exit(2 if isinstance(error, RecipeError) else 1)
         except KeyboardInterrupt:
             click.echo("gristmill: stopped. Everything answered is kept; the same command goes on.", err=True)
-            sys.exit(130)
+            sys.stdout.flush()
+            os._exit(130)  # a stage's thread may still be in native code, and a regular exit would abort there
 
     return cast(F, wrapped)
 
@@ -177,7 +178,7 @@ def ledger() -> None:
 def _recipe(where: Path) -> Any:
     from factory.recipe import load_recipe
 
-    return load_recipe(where)
+    return load_recipe(where, asking=False)
 
 
 def _run_of(where: Path) -> Any:

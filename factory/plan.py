@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from factory.store import SAMPLES, samples_frame
 from schemas.call import Answer, Call
 from schemas.sample import Sample
 
-ASSUMED_RATE = 0.5  # good rows a sample made, before a run has shown one
+ASSUMED_RATE = 0.5  # good rows a sample made, before a run has shown one; what a first round goes by
 ASSUMED_TOKENS_S = 40.0  # of one stream, before a teacher has answered
 
 
@@ -82,15 +82,17 @@ def make_plan(recipe: Recipe, home: Path) -> Plan:
         raise RunError("the seeds stage gives no seed that a teacher may see")
     quota = rounds.quotas(recipe.target, seeds)
     rate, basis = _rate(recipe, home)
-    needs = tuple(replace(need, rate=rate) for need in rounds.needs(quota, {}, {}, oversample=recipe.target.oversample))
-    made = recipe.target.accepted * recipe.target.oversample / (rate or ASSUMED_RATE)
+    oversample = recipe.target.oversample
+    needs = rounds.needs(quota, {}, {}, oversample=oversample)  # the first round's, and so its very questions
+    rest = max(1.0, ASSUMED_RATE / ((rate or ASSUMED_RATE) * oversample))  # rounds after it, where fewer pass than it assumes
+    made = recipe.target.accepted * oversample / ASSUMED_RATE * rest
     estimates: list[Estimate] = []
     assumptions = [basis]
     with Ledger.open(home / LEDGER_FILE) if (home / LEDGER_FILE).exists() else nullcontext() as ledger:  # a plan writes nothing
         for line in recipe.stages:
             ctx = _Still(recipe, line.folder, seeds, needs)
             if isinstance(line.stage, Generator):
-                calls, scale = list(line.stage.questions(seeds, ctx)), 1.0
+                calls, scale = list(line.stage.questions(seeds, ctx)), rest
             else:
                 assert isinstance(line.stage, Filter)
                 calls = list(line.stage.questions(seeds, ctx))  # the seeds stand in for what is not made yet
@@ -184,11 +186,23 @@ def plan_table(recipe: Recipe, home: Path) -> RenderableType:
         "in all: "
         + dollars(total)
         + (f" of a budget of ${budget:g}" if budget is not None else "")
-        + f", about {duration(max((e.seconds for e in plan.estimates), default=0))} of asking",
+        + f", about {duration(sum(e.seconds for e in plan.estimates))} of asking",
         "this rests on: " + "; ".join(plan.assumptions),
-        f"run it: its folder will be {recipe.run_folder(home)}",
+        _standing(recipe, home),
     ]
     return Group(Text(lines[0]), Text(), table, Text(), *(Text(line) for line in lines[1:]))
+
+
+def _standing(recipe: Recipe, home: Path) -> str:
+    """How far a run of just this recipe is, since the plan is for all of it."""
+    folder = recipe.run_folder(home)
+    if not (folder / "run.json").exists():
+        return f"run it: its folder will be {folder}"
+    status = RunFolder(folder).status
+    have = RunFolder(folder).accepted.height
+    if status["status"] == "done":
+        return f"this recipe was run already and is done ({have} rows in {folder}): a run would ask nothing more"
+    return f"{have} rows are there already, in {folder}: a run goes on from them, and asks that much less"
 
 
 class _Still:

@@ -46,6 +46,7 @@ class StageState:
     kept: int = 0
     rejected: int = 0
     asks: bool = False
+    places: dict[str, int] = field(default_factory=dict)  # of what it kept
 
 
 @dataclass
@@ -60,8 +61,13 @@ class RunState:
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # place -> (have, wanted)
     stages: list[StageState] = field(default_factory=list)
     meter: Meter | None = None
-    note: str = ""
     started: float = field(default_factory=time.monotonic)
+    begun: list[tuple[int, StageState]] = field(default_factory=list)  # every stage so far, with its round
+
+    def begin(self, number: int, stages: list[StageState]) -> None:
+        """A round begins."""
+        self.round, self.stages = number, stages
+        self.begun += [(number, stage) for stage in stages]
 
     def seconds_left(self) -> float | None:
         """A guess at the time to the target: the pace of accepted rows so far, held; None before there is one."""
@@ -104,14 +110,14 @@ def _plain(state: RunState, out: TextIO) -> Iterator[None]:
 
     def say() -> None:
         nonlocal beat
-        for stage in list(state.stages):
-            if stage.state == "done" and (state.round, stage.folder) not in said:
-                said.add((state.round, stage.folder))
-                print(f"round {state.round:02d} {stage.folder:<14} {_counts(stage)}", file=out, flush=True)
+        for number, stage in list(state.begun):
+            if stage.state == "done" and (number, stage.folder) not in said:
+                said.add((number, stage.folder))
+                print(f"round {number:02d} {stage.folder:<14} {_counts(stage)}", file=out, flush=True)
                 beat = time.monotonic()
         if time.monotonic() - beat > 30:
             beat = time.monotonic()
-            print(f"round {state.round:02d} {summary(state)}", file=out, flush=True)
+            print(f"round {state.round:02d} {state.accepted}/{state.wanted} accepted · {summary(state)}", file=out, flush=True)
 
     def loop() -> None:
         while not stop.wait(0.2):
@@ -128,9 +134,9 @@ def _plain(state: RunState, out: TextIO) -> Iterator[None]:
 
 
 def summary(state: RunState) -> str:
-    """One line: accepted against wanted, answers, tokens a second, money, time left."""
+    """One line: answers, tokens a second, money, time left."""
     elapsed = max(time.monotonic() - state.started, 0.001)
-    parts = [f"{state.accepted}/{state.wanted} accepted"]
+    parts = []
     if state.meter:
         m = state.meter.snapshot()
         fresh = m.answered - m.from_ledger
@@ -160,13 +166,15 @@ def render(state: RunState) -> RenderableType:
     for stage in state.stages:
         mark = {"waiting": "·", "working": "▸", "done": "✓"}[stage.state]
         stages.add_row(mark, stage.folder, _counts(stage) if stage.state != "waiting" else "")
+    good: dict[str, int] = next((stage.places for stage in reversed(state.stages) if stage.places), {})
     places = Table.grid(padding=(0, 2))
     for place, (have, wanted) in sorted(state.places.items()):
-        places.add_row("", place, ProgressBar(total=max(wanted, 1), completed=have, width=24), f"{have}/{wanted}")
+        more = f"+ {good[place]} so far" if place in good and have < wanted else ""
+        places.add_row("", place, ProgressBar(total=max(wanted, 1), completed=have, width=24), f"{have}/{wanted} {more}")
+    whole = Table.grid(padding=(0, 2))
+    whole.add_row(ProgressBar(total=state.wanted, completed=state.accepted, width=48), f"{state.accepted}/{state.wanted} accepted")
     head = Text.assemble((state.name, "bold"), f"  round {state.round}")
-    return Group(
-        head, stages, places, ProgressBar(total=state.wanted, completed=state.accepted, width=48), Text(summary(state)), Text(state.note)
-    )
+    return Group(head, stages, places, whole, Text(summary(state)))
 
 
 def _counts(stage: StageState) -> str:

@@ -9,7 +9,7 @@ import yaml
 
 from factory.embed import Embedder, open_embedder
 from factory.errors import StoreError
-from factory.recipe import Recipe
+from factory.recipe import Recipe, RecipeLoader
 from factory.records import RunFolder
 from factory.release import release
 from factory.report import write_report
@@ -63,7 +63,10 @@ def facts_of(recipe: Recipe, run: RunFolder, embedder: Embedder) -> ReleaseFacts
         numbers = {what: n for what, n in counts.items() if what != "micro_usd"}
         teachers.append(TeacherFacts(name=name, kind=teacher.kind, model=teacher.model, licence=teacher.licence, micro_usd=cost, **numbers))
     return ReleaseFacts(
-        recipe=yaml.safe_load(recipe.text), embedder=embedder.name, teachers=tuple(teachers), seeds_licence=recipe.release.seeds_licence
+        recipe=yaml.load(recipe.text, RecipeLoader),
+        embedder=embedder.name,
+        teachers=tuple(teachers),
+        seeds_licence=recipe.release.seeds_licence,
     )
 
 

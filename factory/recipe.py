@@ -126,8 +126,11 @@ def find_recipe(where: Path) -> Path:
     return path
 
 
-def load_recipe(where: Path) -> Recipe:
-    """Read and check a recipe; RecipeError carries every problem that was found."""
+def load_recipe(where: Path, *, asking: bool = True) -> Recipe:
+    """Read and check a recipe; RecipeError carries every problem that was found.
+
+    `asking`: what stands in the way of asking (a missing key, a model that was not fetched) is a problem too.
+    """
     path = find_recipe(where)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -135,14 +138,25 @@ def load_recipe(where: Path) -> Recipe:
         raise RecipeError([Problem(f"not UTF-8: {error}", str(path))]) from error
     except OSError as error:
         raise RecipeError([Problem(f"can't be read: {error.strerror}", str(path))]) from error
-    return _Reading(path, text).recipe()
+    return _Reading(path, text, asking).recipe()
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which only true and false are true and false, as in YAML 1.2: `off:` is a key, and `[Yes, No]` are words."""
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 class _Reading:
     """One pass over a recipe's text, which gathers problems as it goes."""
 
-    def __init__(self, path: Path, text: str) -> None:
-        self.path, self.text = path, text
+    def __init__(self, path: Path, text: str, asking: bool) -> None:
+        self.path, self.text, self.asking = path, text, asking
         self.problems: list[Problem] = []
         self.lines: dict[Where, int] = {}
 
@@ -171,11 +185,11 @@ class _Reading:
 
     def _parse(self) -> dict[str, Any]:
         try:
-            node = yaml.compose(self.text, Loader=yaml.SafeLoader)
+            node = yaml.compose(self.text, Loader=RecipeLoader)
             if node is None:
                 raise RecipeError([Problem("the recipe is empty", str(self.path))])
             self._locate(node, ())
-            data = yaml.safe_load(self.text)
+            data = yaml.load(self.text, Loader=RecipeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             raise RecipeError(
@@ -258,7 +272,7 @@ class _Reading:
             teacher = self._part(model, {key: v for key, v in settings.items() if key != "kind"}, where)
             if teacher is not None:
                 teachers[str(name)] = teacher
-                if trouble := teacher.check():
+                if self.asking and (trouble := teacher.check()):
                     self._problem(where, f"teacher {name!r}: {trouble}")
         return teachers
 

@@ -23,7 +23,8 @@ TARGET = "target"
 
 @dataclass(frozen=True)
 class FunnelRow:
-    """What one stage did, over all rounds; `lost` and `rejected` count by reason."""
+    """What one stage did, over all rounds; `lost` and `rejected` count by reason. `judged` and what follows count new samples alone:
+    what a filter of the pool says again of kept ones is among the verdicts, not here."""
 
     stage: str
     kind: str  # source, generator, filter, target

@@ -146,8 +146,8 @@ def choose(
 
 
 def _most_marginal(quality: Numbers, likeness: tuple[Numbers, Numbers], wanted: int) -> list[int]:
-    """Positions of the `wanted` rows, best first. `likeness`: of each row to what is held, shape (n,); of all pairs, (n, n)."""
-    held, pairs = likeness
+    """Positions of the `wanted` rows, best first. `likeness`: the cosine of each row to what is held, shape (n,); unit vectors, (n, d)."""
+    held, vectors = likeness
     redundancy = held.copy()
     left = np.ones(len(quality), dtype=bool)
     chosen: list[int] = []
@@ -155,7 +155,7 @@ def _most_marginal(quality: Numbers, likeness: tuple[Numbers, Numbers], wanted: 
         best = int(np.argmax(np.where(left, quality - _DIVERSITY * redundancy, -np.inf)))
         chosen.append(best)
         left[best] = False
-        np.maximum(redundancy, pairs[best], out=redundancy)
+        np.maximum(redundancy, vectors @ vectors[best], out=redundancy)
     return chosen
 
 

@@ -3,6 +3,7 @@
 Within a round a generator and the filters of scope "sample" behind it form one chain of threads and queues, so a judge judges
 while a generator still generates; a filter of another scope waits for all. What a stage wrote is written once, its
 `stage.json` last; a run that is started again reads what is whole, does the rest anew, and the ledger answers what was asked.
+Only a round that the budget cut short is done again, so that more money goes on where less stopped.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class _Mill:
     def __init__(self, recipe: Recipe, folder: Path, ledger: Ledger, gateway: Gateway, state: RunState) -> None:
         self.recipe, self.folder, self.ledger, self.gateway, self.state = recipe, folder, ledger, gateway, state
         self.broke = False
+        self._quota: dict[str, int] = {}
         self._embedder: Embedder | None = None
         self._embedder_lock = threading.Lock()
         self._abort = threading.Event()
@@ -105,7 +107,7 @@ class _Mill:
         seeds = RunFolder(self.folder).of_fate("real")
         if seeds.is_empty():
             raise RunError("the seeds stage gave no seed that a teacher may see", next="Set fewer seeds aside with holdout, or bring more.")
-        quota = rounds.quotas(self.recipe.target, seeds)
+        quota = self._quota = rounds.quotas(self.recipe.target, seeds)
         number, idle = 1, 0
         while True:
             record = RunFolder(self.folder)
@@ -130,7 +132,10 @@ class _Mill:
 
     def _reopen(self) -> None:
         """Take the end from a round that the budget cut short: it is done again, and what it got the ledger answers."""
-        whole = list(RunFolder(self.folder).stage_folders())
+        record = RunFolder(self.folder)
+        if record.accepted.height >= self.recipe.target.accepted:
+            return
+        whole = list(record.stage_folders())
         cut = [i for i, folder in enumerate(whole) if BUDGET_SPENT in read_json(folder / "stage.json")["unanswered"]]
         for folder in reversed(whole[cut[0] :] if cut else ()):  # backwards: at any moment a stage is whole only if those before it are
             (folder / "stage.json").unlink()
@@ -195,7 +200,7 @@ class _Mill:
         def redundancy(place: str, candidates: pl.DataFrame) -> tuple[Vectors, Vectors]:
             vectors = self.embed(candidates["input"].to_list())
             around = self.embed(held.filter(pl.col("place") == place)["input"].to_list())
-            return (vectors @ around.T).max(axis=1, initial=0), vectors @ vectors.T
+            return (vectors @ around.T).max(axis=1, initial=0), vectors
 
         verdicts = rounds.choose(good, quality, quota, have, redundancy)
         write_frame(folder / "verdicts.parquet", verdicts)
@@ -281,7 +286,7 @@ class _Mill:
                 f"stage {line.folder} lost {len(lost)} of {len(ctx.tally.calls)} calls: neither samples nor failures name them"
             )
         samples, failed = samples_frame(made_here.values()), failures_frame(failures)
-        if not stage.once:  # answers come in any order; what is written does not depend on it
+        if not stage.once:  # answers come in any order, rows do not; of two calls that gave one text, the first to answer stands
             samples, failed = samples.sort("id"), failed.sort(pl.all())
         write_frame(folder / "samples.parquet", samples)
         write_frame(folder / "failures.parquet", failed)
@@ -316,6 +321,8 @@ class _Mill:
             kept = batch.join(verdicts.filter("keep").select("sample"), left_on="id", right_on="sample", how="semi", maintain_order="left")
             shown_state.done += batch.height
             shown_state.kept += kept.height
+            for place, n in rounds.counts(kept, self._quota).items():
+                shown_state.places[place] = shown_state.places.get(place, 0) + n
             shown_state.rejected += batch.height - kept.height
             out.put(kept)
         self._check_abort()  # a lane also ends when the stage before failed: what came then is not all
@@ -403,8 +410,7 @@ class _Mill:
         return self._embedder.embed(texts)
 
     def _begin(self, number: int, lines: Sequence[StageLine]) -> None:
-        self.state.stages = [StageState(line.folder, asks=isinstance(line.stage, Generator)) for line in lines]
-        self.state.round = number
+        self.state.begin(number, [StageState(line.folder, asks=isinstance(line.stage, Generator)) for line in lines])
 
     def _working(self, line: StageLine) -> StageState:
         state = next(s for s in self.state.stages if s.folder == line.folder)
@@ -587,12 +593,11 @@ def _repeat(sample: Sample) -> Failure:
 
 def _open_folder(folder: Path, recipe: Recipe) -> None:
     """Make the run's folder, or check that the one there is of this layout."""
-    status = folder / "run.json"
-    if status.exists():
-        _ = RunFolder(folder).status
-        return
-    write_bytes(folder / "recipe.yaml", recipe.text.encode())
-    write_json(status, {"layout": LAYOUT, "name": recipe.name, "digest": recipe.digest, "status": "running", "seconds": 0.0})
+    path = folder / "run.json"
+    status = RunFolder(folder).status if path.exists() else {"seconds": 0.0}
+    status |= {"layout": LAYOUT, "name": recipe.name, "digest": recipe.digest, "status": "running", "reason": ""}
+    write_bytes(folder / "recipe.yaml", recipe.text.encode())  # as it is now: its budget may have been raised
+    write_json(path, status)
 
 
 @contextmanager

@@ -30,7 +30,8 @@ def outcome(run: RunFolder) -> RenderableType:
     good = status["status"] == "done"
     head = Text.assemble(
         (status["status"], "bold green" if good else "bold yellow"),
-        f": {run.accepted.height} of {status.get('wanted', '?')} rows accepted in {status.get('rounds', 0)} rounds",
+        f": {run.accepted.height} of {status.get('wanted', '?')} rows accepted",
+        f" in {(n := status.get('rounds', 0))} round{'s' * (n != 1)}",
         f" · cost {dollars(status.get('micro_usd'))}",
         f" · {duration(status.get('seconds', 0))}",
     )
@@ -52,10 +53,8 @@ def funnel_table(funnel: list[FunnelRow], released: dict[str, int] | None = None
         if row.kind == "source":
             table.add_row(row.stage, str(row.made + row.lost.total()), str(row.made), reasons(row.lost))
         elif row.kind == "generator":
-            ledger = f", {row.from_ledger} from the ledger" if row.from_ledger else ""
-            table.add_row(
-                f"{row.stage} asked", str(row.asked), str(row.answered), reasons(row.unanswered) + (f"answered{ledger}" if ledger else "")
-            )
+            notes = [reasons(row.unanswered), f"{row.from_ledger} from the ledger" if row.from_ledger else ""]
+            table.add_row(f"{row.stage} asked", str(row.asked), str(row.answered), ", ".join(filter(None, notes)))
             parsed = row.lost - row.unanswered
             parsed.pop("unanswered", None)
             table.add_row(f"{row.stage} parsed", str(row.made + parsed.total()), str(row.made), reasons(parsed))
@@ -87,11 +86,12 @@ def places_line(run: RunFolder) -> Text | None:
 def pick(run: RunFolder, number: int, *, rejected: bool, reason: str | None, label: str | None) -> RenderableType:
     """Some samples, spread evenly over those that match."""
     chosen = run.samples.join(run.fates, on="id", maintain_order="left")
-    chosen = chosen.filter(pl.col("fate") == ("rejected" if rejected else "accepted"))
+    wanted = (["rejected", "surplus"] if reason else ["rejected"]) if rejected else ["accepted"]
+    chosen = chosen.filter(pl.col("fate").is_in(wanted))
     if reason:
         chosen = chosen.filter(pl.col("reason") == reason)
         if chosen.is_empty():
-            known = run.fates.filter(pl.col("fate") == "rejected")["reason"].unique().sort().to_list()
+            known = run.fates.filter(pl.col("fate").is_in(wanted))["reason"].unique().sort().to_list()
             raise GristmillError(
                 f"no sample was rejected as {reason!r}", next=f"Reasons of this run: {', '.join(map(str, known)) or 'none'}"
             )

@@ -243,3 +243,11 @@ def test_help_imports_nothing_heavy() -> None:
     heavy = {"polars", "numpy", "aiohttp", "pydantic", "rich", "sklearn", "umap", "hdbscan", "onnxruntime", "jinja2"}
     code = f"import sys, factory.cli; print(sorted(set(sys.modules) & {heavy!r}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_ctrl_c_does_not_wait_for_the_thread_of_a_stage() -> None:
+    """Nor does it run into one that is in native code, which would abort the process."""
+    script = "import threading, time; from factory.cli import _told; threading.Thread(target=time.sleep, args=(60,)).start()\n"
+    script += "@_told\ndef stopped() -> None: raise KeyboardInterrupt\nstopped()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (130, "gristmill: stopped. Everything answered is kept; the same command goes on.\n")

@@ -113,6 +113,16 @@ def test_a_recipe_that_cannot_be_read_is_an_error_and_no_traceback(folder: Path,
         load_recipe(folder)
 
 
+def test_yes_no_on_and_off_are_words(folder: Path) -> None:
+    axes = "{teachers: [echo], axes: {opener: [Yes, No, on]}}"
+    (folder / "recipe.yaml").write_text(
+        GOOD.replace("{teachers: [echo]}", axes).replace("near: {threshold: 0.8}", "rules: {off: [language]}")
+    )
+    recipe = load_recipe(folder)
+    assert recipe.stages[1].stage.axes["opener"] == ("Yes", "No", "on")  # type: ignore[attr-defined]
+    assert recipe.stages[2].stage.off == ("language",)  # type: ignore[attr-defined]
+
+
 def test_no_recipe_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(GristmillError, match="gristmill init"):
         load_recipe(tmp_path)
@@ -140,3 +150,10 @@ def test_the_digest_follows_what_changes_the_rows_and_nothing_else(folder: Path)
     digest_before_move = load_recipe(moved).digest
     moved.rename(folder)
     assert digest_before_move == digest()
+
+
+def test_what_only_asking_needs_is_not_asked_for_by_who_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    text = GOOD.replace("{kind: fake, model: fake}", "{kind: openai, model: some}")
+    assert "OPENAI_API_KEY" in problems(folder, text)[0][1]
+    assert load_recipe(folder, asking=False).name == "tiny"

@@ -71,8 +71,7 @@ def test_a_row_like_one_that_was_taken_gives_way_to_one_that_is_not() -> None:
     good = frame(*[chat(f"row {i}", "a") for i in range(3)])
 
     def alike(place: str, candidates: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        twins = np.array([text != "row 2" for text in candidates["input"]])
-        return np.zeros(3), np.where(twins[:, None] & twins[None, :], 0.99, 0.0)
+        return np.zeros(3), np.array([[0.0, 1.0] if text == "row 2" else [1.0, 0.0] for text in candidates["input"]])
 
     verdicts = rounds.choose(good, pl.Series([0.9, 0.8, 0.5]), {"a": 2}, {}, alike)
     kept = good.filter(pl.col("id").is_in(verdicts.filter("keep")["sample"].implode()))

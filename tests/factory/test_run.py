@@ -413,6 +413,16 @@ def test_a_round_that_the_budget_cut_short_is_done_again_with_more(tmp_path: Pat
     assert len(ASKED) == len(set(ASKED))
 
 
+def test_a_budget_that_just_sufficed_leaves_nothing_to_do(tmp_path: Path) -> None:
+    paid = Scripted(price=Price(input_usd_per_mtok=0, output_usd_per_mtok=100_000))
+    enough = run(recipe(tmp_path, Words(), teacher=paid, budget_usd=2), tmp_path / "mill", view="quiet")
+    asked = len(ASKED)
+    assert (enough.status["status"], asked) == ("done", 9)  # of 12
+    again = run(recipe(tmp_path, Words(), teacher=paid, budget_usd=100), tmp_path / "mill", view="quiet")
+    assert len(ASKED) == asked
+    assert again.fates.equals(enough.fates)
+
+
 def test_thin_clusters_are_counted_in_kept_rows_alone(tmp_path: Path) -> None:
     """Two seeds, one a cluster; what was rejected after it was given a cluster fills none."""
 
