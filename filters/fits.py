@@ -78,10 +78,12 @@ class Fits(Filter):
             score, sure = margins.min(axis=0), np.ones(len(claimed), bool)
 
         nearest = (vectors @ anchors[: len(seeds)].T).argmax(axis=1)
-        found = {"nearest": seeds["id"].gather(nearest), "nearest_label": seeds["label"].gather(nearest)}
+        closeness = _nearest(vectors, anchors, of_anchor)[np.arange(len(claimed)), claimed]
+        found: dict[str, pl.Series] = {"closeness": pl.Series(closeness.round(3), dtype=pl.Float64)}
+        found |= {"nearest": seeds["id"].gather(nearest), "nearest_label": seeds["label"].gather(nearest)}
         found |= {f"{opinion}_label": names.gather(strength.argmax(axis=1)) for opinion, strength in evidence.items()}
         rows = samples.select("id", "label").with_columns(
-            pl.Series("close", _nearest(vectors, anchors, of_anchor)[np.arange(len(claimed)), claimed] >= self.closeness),
+            pl.Series("close", closeness >= self.closeness),
             pl.Series("liked", (margins >= needed).all(axis=0)),
             pl.Series("sure", sure),
             pl.Series("score", score, dtype=pl.Float64),

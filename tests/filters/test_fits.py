@@ -46,9 +46,22 @@ def test_right_claims_stay_and_wrong_ones_go(by):
     assert "unjudged" not in ctx.reports
 
 
+def test_of_a_text_about_something_else_some_label_is_the_nearest_too_and_closeness_sees_it():
+    stray = frame(chat("How do I cancel my subscription to the gym?", "cancel"))
+    loose = Fits(by=["nearest", "centroid"], margin=-2).judge(stray, FakeContext(seeds=SEEDS)).row(0, named=True)
+    assert loose["keep"]
+    measured = json.loads(loose["detail"])["closeness"]
+    for closeness, keep in ((measured - 0.01, True), (measured + 0.01, False)):
+        verdict = Fits(by=["nearest", "centroid"], margin=-2, closeness=closeness).judge(stray, FakeContext(seeds=SEEDS)).row(0, named=True)
+        assert verdict["keep"] is keep
+        assert verdict["reason"] == (None if keep else "off topic")
+
+
 def test_detail_says_what_each_opinion_would_have_said():
     verdict = Fits(by=("probe", "nearest", "centroid")).judge(WRONG, FakeContext(seeds=SEEDS)).row(0, named=True)
-    assert json.loads(verdict["detail"]) == {
+    detail = json.loads(verdict["detail"])
+    assert detail.pop("closeness") == pytest.approx(0.545, abs=0.02)
+    assert detail == {
         "nearest": SEEDS["id"][0],
         "nearest_label": "cancel",
         "centroid_label": "cancel",
