@@ -66,6 +66,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX entries_open ON entries (owner) WHERE state = 'open'",
     ),
 )
+LEDGER_FILE = "ledger.db"  # under the home
 APPLICATION_ID = 0x67726D6C  # "grml": tells a ledger from any other SQLite file
 
 _SPENT = """

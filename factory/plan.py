@@ -18,11 +18,10 @@ from rich.text import Text
 from factory import rounds
 from factory.errors import GristmillError, RunError
 from factory.gateway import estimate, filled
-from factory.ledger import Ledger
+from factory.ledger import LEDGER_FILE, Ledger
 from factory.progress import dollars, duration
 from factory.recipe import Recipe
 from factory.records import RunFolder
-from factory.run import LEDGER_FILE
 from factory.stage import Filter, Generator, Need, Vectors
 from factory.store import SAMPLES, samples_frame
 from schemas.call import Answer, Call

@@ -1,9 +1,7 @@
 """Turns the mill: rounds of generators and filters until the target is met, the budget is spent, or nothing more comes.
 
-Within a round a generator and the filters of scope "sample" behind it form one chain of threads and queues, so a judge judges
-while a generator still generates; a filter of another scope waits for all. What a stage wrote is written once, its
-`stage.json` last; a run that is started again reads what is whole, does the rest anew, and the ledger answers what was asked.
-Only a round that the budget cut short is done again, so that more money goes on where less stopped.
+A run that is started again reads what is whole, does the rest anew, and the ledger answers what was asked. Only a round that
+the budget cut short is done again, so that more money goes on where less stopped. How stages run is in `factory/chain.py`.
 """
 
 from __future__ import annotations
@@ -12,51 +10,33 @@ import fcntl
 import math
 import os
 import platform
-import queue
-import random
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import polars as pl
 
 from factory import rounds
-from factory.embed import Embedder, open_embedder
-from factory.errors import BudgetSpent, RunError, RunLocked
-from factory.gateway import Gateway, filled
-from factory.ledger import Ledger
-from factory.progress import RunState, StageState, shown
+from factory.chain import BUDGET_SPENT, Stages, Tally, World
+from factory.errors import RunError, RunLocked
+from factory.gateway import Gateway
+from factory.ledger import LEDGER_FILE, Ledger
+from factory.progress import RunState, shown
 from factory.recipe import Recipe, StageLine
 from factory.records import LAYOUT, TARGET, RunFolder
 from factory.stage import Filter, Generator, Need, Vectors
 from factory.store import (
     SAMPLES,
-    VERDICTS,
-    append_json,
-    failures_frame,
-    read_frame,
     read_json,
-    samples_frame,
     unwritable,
     write_bytes,
     write_frame,
     write_json,
 )
-from schemas.call import Answer, Call
-from schemas.sample import Failure, Sample
-
-LEDGER_FILE = "ledger.db"
-Lane = queue.SimpleQueue[Sample | pl.DataFrame | None]  # from a stage to the next; None: the end
-BUDGET_SPENT = "budget spent"
-_ENOUGH_TO_GIVE_UP = 20  # unanswered calls, when they are also more than half of a stage's
 
 
 def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "quiet"] = "auto") -> RunFolder:
@@ -83,12 +63,8 @@ class _Mill:
     """One process's work on one run."""
 
     def __init__(self, recipe: Recipe, folder: Path, ledger: Ledger, gateway: Gateway, state: RunState) -> None:
-        self.recipe, self.folder, self.ledger, self.gateway, self.state = recipe, folder, ledger, gateway, state
-        self.broke = False
-        self._quota: dict[str, int] = {}
-        self._embedder: Embedder | None = None
-        self._embedder_lock = threading.Lock()
-        self._abort = threading.Event()
+        self.recipe, self.folder, self.ledger, self.state = recipe, folder, ledger, state
+        self.stages = Stages(recipe, folder, gateway, state)
         self._started = time.monotonic()
         self._before_s = float(read_json(folder / "run.json").get("seconds", 0.0))
 
@@ -107,7 +83,7 @@ class _Mill:
         seeds = RunFolder(self.folder).of_fate("real")
         if seeds.is_empty():
             raise RunError("the seeds stage gave no seed that a teacher may see", next="Set fewer seeds aside with holdout, or bring more.")
-        quota = self._quota = rounds.quotas(self.recipe.target, seeds)
+        quota = self.stages.quota = rounds.quotas(self.recipe.target, seeds)
         number, idle = 1, 0
         while True:
             record = RunFolder(self.folder)
@@ -118,7 +94,7 @@ class _Mill:
                 return "done", ""
             end = self.folder / f"round-{number:02d}" / TARGET / "stage.json"
             if not end.exists():
-                if self.broke:
+                if self.stages.broke:
                     return "short", f"the budget of ${self.recipe.target.budget_usd:g} is spent"
                 if idle >= rounds.STALLED_ROUNDS:
                     return "short", f"{idle} rounds in a row gave no accepted row"
@@ -127,8 +103,6 @@ class _Mill:
                 self._round(number, record, quota, have)
             idle = 0 if read_json(end)["kept"] else idle + 1
             number += 1
-
-    # -- rounds ------------------------------------------------------------------------------------------------------
 
     def _reopen(self) -> None:
         """Take the end from a round that the budget cut short: it is done again, and what it got the ledger answers."""
@@ -142,21 +116,21 @@ class _Mill:
 
     def _sources(self) -> None:
         lines = [line for line in self.recipe.stages if isinstance(line.stage, Generator) and line.stage.once]
-        self._begin(0, lines)
+        self.stages.begin(0, lines)
         known: set[str] = set()
         for line in lines:
-            self._chain(0, [line], SAMPLES.to_frame(), _World(seeds=SAMPLES.to_frame(), kept=SAMPLES.to_frame()), known)
+            self.stages.chain(0, [line], SAMPLES.to_frame(), World(seeds=SAMPLES.to_frame(), kept=SAMPLES.to_frame()), known)
 
     def _round(self, number: int, record: RunFolder, quota: dict[str, int], have: dict[str, int]) -> None:
         """One round: generate, judge, choose. Reads what an interrupted process has finished of it already."""
         earlier = record.samples.filter(pl.col("round") < number)
-        world = _World(
+        world = World(
             seeds=record.of_fate("real"),
             kept=record.of_fate("real", "accepted"),
             needs=self._needs(record, number, quota, have),
         )
         lines = [line for line in self.recipe.stages if not (isinstance(line.stage, Generator) and line.stage.once)]
-        self._begin(number, lines)
+        self.stages.begin(number, lines)
         known = set(earlier["id"])
         flow = SAMPLES.to_frame()
         while lines:
@@ -165,7 +139,7 @@ class _Mill:
             if _streams(head):
                 while rest and isinstance(rest[0].stage, Filter) and rest[0].stage.scope == "sample":
                     chain.append(rest.pop(0))
-            flow = self._chain(number, chain, flow, world, known)
+            flow = self.stages.chain(number, chain, flow, world, known)
             lines = rest
         self._choose(number, flow, quota, have)
 
@@ -198,177 +172,13 @@ class _Mill:
         held = held.with_columns(rounds.place_of(held, quota))
 
         def redundancy(place: str, candidates: pl.DataFrame) -> tuple[Vectors, Vectors]:
-            vectors = self.embed(candidates["input"].to_list())
-            around = self.embed(held.filter(pl.col("place") == place)["input"].to_list())
+            vectors = self.stages.embed(candidates["input"].to_list())
+            around = self.stages.embed(held.filter(pl.col("place") == place)["input"].to_list())
             return (vectors @ around.T).max(axis=1, initial=0), vectors
 
         verdicts = rounds.choose(good, quality, quota, have, redundancy)
         write_frame(folder / "verdicts.parquet", verdicts)
-        self._finish(number, TARGET, "target", _Tally(), verdicts=verdicts)
-
-    # -- stages ------------------------------------------------------------------------------------------------------
-
-    def _chain(self, number: int, chain: Sequence[StageLine], flow: pl.DataFrame, world: _World, known: set[str]) -> pl.DataFrame:
-        """Run stages as threads with queues between them; gives what came in or was made and every filter of the chain kept."""
-        lanes: list[Lane] = [Lane() for _ in range(len(chain) + 1)]
-        errors: list[BaseException] = []
-
-        def work(body: Callable[[], None], out: Lane) -> None:
-            try:
-                body()
-            except BaseException as error:
-                errors.append(error)
-                self._abort.set()
-            finally:
-                out.put(None)
-
-        threads = []
-        for line, (lane, out) in zip(chain, pairwise(lanes), strict=True):
-            if isinstance(line.stage, Generator):
-                body = _bind(self._generate, number, line, line.stage, world, flow, known, out)
-            else:
-                assert isinstance(line.stage, Filter)
-                body = _bind(self._judge, number, line, line.stage, world, lane, out)
-            threads.append(threading.Thread(target=work, args=(body, out), name=line.folder, daemon=True))
-        lanes[0].put(flow)
-        lanes[0].put(None)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)  # a join without a limit can't be interrupted by ctrl-C on every platform
-        except KeyboardInterrupt:
-            self._abort.set()
-            raise
-        if errors:
-            raise next((e for e in errors if not isinstance(e, _Aborted)), errors[0])
-        return _drained(lanes[-1])
-
-    def _generate(
-        self,
-        number: int,
-        line: StageLine,
-        stage: Generator,
-        world: _World,
-        flow: pl.DataFrame,
-        known: set[str],
-        out: Lane,
-    ) -> None:
-        shown_state = self._working(line)
-        folder = self._stage_folder(number, line)
-        out.put(flow)
-        if (folder / "stage.json").exists():
-            made = read_frame(folder / "samples.parquet", SAMPLES)
-            known.update(made["id"])
-            shown_state.state, shown_state.kept = "done", made.height
-            out.put(made)
-            return
-        ctx = _StageContext(self, line, number, world)
-        start = time.monotonic()
-        made_here: dict[str, Sample] = {}
-        failures: list[Failure] = []
-        for item in stage.generate(pl.concat([world.kept, flow]), ctx):
-            self._check_abort()
-            if isinstance(item, Failure):
-                failures.append(item)
-                continue
-            if item.id in known:
-                failures.append(_repeat(item))
-                continue
-            made_here[item.id] = item
-            known.add(item.id)
-            shown_state.kept = len(made_here)
-            out.put(item)
-        lost = ctx.tally.calls - {s.provenance.call for s in made_here.values()} - {f.call for f in failures}
-        if lost:
-            raise RuntimeError(
-                f"stage {line.folder} lost {len(lost)} of {len(ctx.tally.calls)} calls: neither samples nor failures name them"
-            )
-        samples, failed = samples_frame(made_here.values()), failures_frame(failures)
-        if not stage.once:  # answers come in any order, rows do not; of two calls that gave one text, the first to answer stands
-            samples, failed = samples.sort("id"), failed.sort(pl.all())
-        write_frame(folder / "samples.parquet", samples)
-        write_frame(folder / "failures.parquet", failed)
-        ctx.tally.seconds = time.monotonic() - start
-        ctx.tally.lost.update(f.reason for f in failures)
-        self._finish(number, line.folder, "source" if stage.once else "generator", ctx.tally, made=len(made_here))
-        shown_state.state = "done"
-
-    def _judge(self, number: int, line: StageLine, stage: Filter, world: _World, lane: Lane, out: Lane) -> None:
-        """Judge what comes down the lane: in batches as they come (scope "sample"), or all at once."""
-        shown_state = self._working(line)
-        folder = self._stage_folder(number, line)
-        done = read_frame(folder / "verdicts.parquet", VERDICTS) if (folder / "stage.json").exists() else None
-        ctx = _StageContext(self, line, number, world)
-        given, new = [VERDICTS.to_frame()], [SAMPLES.to_frame().select("id")]
-        start = time.monotonic()
-        working = 0.0
-        batches = _batches(lane) if stage.scope == "sample" else iter([_drained(lane)])
-        for batch in batches:
-            self._check_abort()
-            began = time.monotonic()
-            asked = batch if stage.scope != "pool" else pl.concat([world.kept, batch])
-            if done is None:
-                verdicts = stage.judge(asked, ctx).with_columns(by=pl.lit(line.folder)) if asked.height else VERDICTS.to_frame()
-                _one_verdict_each(line, asked, verdicts)
-            else:
-                verdicts = done.join(asked.select("id"), left_on="sample", right_on="id", how="semi")
-                _one_verdict_each(line, asked, verdicts)
-            working += time.monotonic() - began
-            given.append(verdicts)
-            new.append(batch.select("id"))
-            kept = batch.join(verdicts.filter("keep").select("sample"), left_on="id", right_on="sample", how="semi", maintain_order="left")
-            shown_state.done += batch.height
-            shown_state.kept += kept.height
-            for place, n in rounds.counts(kept, self._quota).items():
-                shown_state.places[place] = shown_state.places.get(place, 0) + n
-            shown_state.rejected += batch.height - kept.height
-            out.put(kept)
-        self._check_abort()  # a lane also ends when the stage before failed: what came then is not all
-        if done is None:
-            verdicts = pl.concat(given).sort("sample")
-            write_frame(folder / "verdicts.parquet", verdicts)
-            ctx.tally.seconds = working if stage.scope == "sample" else time.monotonic() - start
-            counted = verdicts.join(pl.concat(new), left_on="sample", right_on="id", how="semi")  # of the pool, what is new
-            self._finish(number, line.folder, "filter", ctx.tally, verdicts=counted)
-        shown_state.state = "done"
-
-    # -- what is written ---------------------------------------------------------------------------------------------
-
-    def _finish(self, number: int, name: str, kind: str, tally: _Tally, *, made: int = 0, verdicts: pl.DataFrame | None = None) -> None:
-        """Write `stage.json`: the stage is whole. RunError where its files are no longer those that the run's digest is of."""
-        if changed := self.recipe.changed(name):
-            raise RunError(
-                f"a file of the recipe changed while it ran: {changed[0]}",
-                where=f"stage {name}",
-                next="Run the same command: the changed recipe has a folder of its own, and the ledger answers what was asked.",
-            )
-        judged = VERDICTS.to_frame() if verdicts is None else verdicts
-        rejected = judged.filter(~pl.col("keep"))["reason"].fill_null("no reason").value_counts()
-        stage = {
-            "layout": LAYOUT,
-            "stage": name,
-            "kind": kind,
-            "round": number,
-            "asked": tally.asked,
-            "answered": tally.answered,
-            "unanswered": dict(sorted(tally.unanswered.items())),
-            "from_ledger": tally.from_ledger,
-            "made": made,
-            "lost": dict(sorted(tally.lost.items())),
-            "judged": judged.height,
-            "kept": judged.filter("keep").height,
-            "rejected": dict(sorted(rejected.iter_rows())),
-            "micro_usd": tally.micro_usd,
-            "tokens_in": tally.tokens_in,
-            "tokens_out": tally.tokens_out,
-            "seconds": round(tally.seconds, 3),
-            "teachers": {name: dict(counts) for name, counts in sorted(tally.teachers.items())},
-            "reports": tally.reports,
-        }
-        write_json(self.folder / f"round-{number:02d}" / name / "stage.json", stage)
-        self._log("stage", **{k: stage[k] for k in ("round", "stage", "asked", "answered", "made", "judged", "kept", "seconds")})
+        self.stages.finish(number, TARGET, "target", Tally(), verdicts=verdicts)
 
     def _write_status(self, status: str, reason: str) -> None:
         record = RunFolder(self.folder)
@@ -390,205 +200,16 @@ class _Mill:
                 "lost_calls": len(lost),
                 "lost_micro_usd": sum(entry.reserved_micro_usd or 0 for entry in lost),
                 "seconds": round(self._before_s + time.monotonic() - self._started, 2),
-                "embedder": None if self._embedder is None else self._embedder.name,
+                "embedder": None if self.stages.embedder is None else self.stages.embedder.name,
                 "versions": _versions(),
                 "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             },
         )
-        self._log(status, reason=reason, accepted=record.accepted.height, micro_usd=paid)
-
-    def _log(self, event: str, **facts: Any) -> None:
-        append_json(self.folder / "log.jsonl", {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts})
-
-    # -- small things ------------------------------------------------------------------------------------------------
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        """Unit vectors from the recipe's embedder, opened at the first use and cached in the run's folder."""
-        with self._embedder_lock:
-            if self._embedder is None:
-                self._embedder = open_embedder(self.recipe.embedder, self.folder / "vectors")
-        return self._embedder.embed(texts)
-
-    def _begin(self, number: int, lines: Sequence[StageLine]) -> None:
-        self.state.begin(number, [StageState(line.folder, asks=isinstance(line.stage, Generator)) for line in lines])
-
-    def _working(self, line: StageLine) -> StageState:
-        state = next(s for s in self.state.stages if s.folder == line.folder)
-        state.state = "working"
-        return state
-
-    def _stage_folder(self, number: int, line: StageLine) -> Path:
-        return self.folder / f"round-{number:02d}" / line.folder
-
-    def _check_abort(self) -> None:
-        if self._abort.is_set():
-            raise _Aborted
-
-
-class _Aborted(Exception):
-    """Another stage of the chain failed, or the user pressed ctrl-C."""
-
-
-@dataclass(frozen=True)
-class _World:
-    """What all stages of a round see alike."""
-
-    seeds: pl.DataFrame
-    kept: pl.DataFrame
-    needs: tuple[Need, ...] = ()
-
-
-@dataclass
-class _Tally:
-    """What one stage asked and reported in one round; written by the stage's own thread."""
-
-    asked: int = 0
-    answered: int = 0
-    from_ledger: int = 0
-    unanswered: Counter[str] = field(default_factory=Counter)
-    lost: Counter[str] = field(default_factory=Counter)
-    calls: set[str | None] = field(default_factory=set)
-    micro_usd: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    seconds: float = 0.0
-    teachers: dict[str, Counter[str]] = field(default_factory=dict)
-    reports: dict[str, Any] = field(default_factory=dict)
-
-
-class _StageContext:
-    """`factory.stage.Context`, for one stage in one round."""
-
-    def __init__(self, mill: _Mill, line: StageLine, number: int, world: _World) -> None:
-        self._mill, self._world = mill, world
-        self.stage, self.round = line.folder, number
-        self.rng = random.Random(f"{mill.recipe.seed}/{line.folder}/{number}")
-        self.seeds, self.kept, self.needs = world.seeds, world.kept, world.needs
-        self.teachers = tuple(mill.recipe.teachers)
-        self.tally = _Tally()
-        self._drains = isinstance(line.stage, Filter)
-        self._state = next(s for s in mill.state.stages if s.folder == line.folder)
-
-    def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
-        """Ask through the gateway and keep count; where the budget ends, what was pulled comes back unanswered."""
-        pulled: dict[int, Call] = {}
-        source = iter(calls)
-
-        def pull() -> Iterator[Call]:
-            for call in source:
-                pulled[id(call)] = call
-                self.tally.asked += 1
-                yield call
-
-        try:
-            for answer in self._mill.gateway.ask(pull(), stage=self.stage, round=self.round):
-                self._mill._check_abort()
-                pulled.pop(id(answer.call), None)
-                yield self._counted(answer)
-        except BudgetSpent:
-            self._mill.broke = True
-            left = [*pulled.values(), *(pull() if self._drains else ())]
-            for call in left:
-                teacher = self._mill.recipe.teachers[call.teacher]
-                key = filled(call, teacher).key(*teacher.identity())
-                yield self._counted(Answer(call=call, key=key, reply=None, error=BUDGET_SPENT))
-
-    def _counted(self, answer: Answer) -> Answer:
-        tally = self.tally
-        tally.calls.add(answer.key)
-        if answer.reply is None:
-            tally.unanswered[(answer.error or "failed").split(":")[0][:60]] += 1
-            failed = tally.unanswered.total() - tally.unanswered[BUDGET_SPENT]
-            if failed >= _ENOUGH_TO_GIVE_UP and failed > tally.asked / 2:
-                raise RunError(
-                    f"{failed} of {tally.asked} calls failed, last: {answer.error}",
-                    where=f"stage {self.stage}",
-                    next=f"{tally.answered} answers are kept. Mend the cause and run the same command.",
-                )
-            return answer
-        tally.answered += 1
-        tally.from_ledger += not answer.fresh
-        paid = (answer.micro_usd or 0) if answer.fresh else 0  # what the ledger answers was paid by the run that it was bought for
-        tally.micro_usd += paid
-        tally.tokens_in += answer.reply.tokens_in
-        tally.tokens_out += answer.reply.tokens_out
-        tally.teachers.setdefault(answer.call.teacher, Counter()).update(
-            calls=1,
-            from_ledger=int(not answer.fresh),
-            tokens_in=answer.reply.tokens_in,
-            tokens_out=answer.reply.tokens_out,
-            micro_usd=paid,
-        )
-        if self._state.asks:
-            self._state.done = tally.answered
-        return answer
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        return self._mill.embed(texts)
-
-    def report(self, name: str, value: Any) -> None:
-        self.tally.reports[name] = value
-
-    def progress(self, done: int, total: int | None = None) -> None:
-        self._state.total = total
-        if self._state.asks:
-            self._state.done = done
+        self.stages.log(status, reason=reason, accepted=record.accepted.height, micro_usd=paid)
 
 
 def _streams(line: StageLine) -> bool:
     return isinstance(line.stage, Generator) or (isinstance(line.stage, Filter) and line.stage.scope == "sample")
-
-
-def _bind(body: Callable[..., None], *args: Any) -> Callable[[], None]:
-    return lambda: body(*args)
-
-
-def _batches(lane: Lane) -> Iterator[pl.DataFrame]:
-    """All that waits in the lane at a time, as one frame, until its end: small batches when rows drip, large ones when they pour."""
-    ended = False
-    while not ended:
-        items: list[Sample | pl.DataFrame] = []
-        item = lane.get()
-        while item is not None:
-            items.append(item)
-            try:
-                item = lane.get_nowait()
-            except queue.Empty:
-                break
-        else:
-            ended = True
-        if (batch := _frame(items)).height:
-            yield batch
-
-
-def _drained(lane: Lane) -> pl.DataFrame:
-    """Everything that comes down the lane until its end, sorted by id: a filter of all must not see the order of arrival."""
-    items: list[Sample | pl.DataFrame] = []
-    while (item := lane.get()) is not None:
-        items.append(item)
-    return _frame(items).sort("id")
-
-
-def _frame(items: Sequence[Sample | pl.DataFrame]) -> pl.DataFrame:
-    made = samples_frame(item for item in items if isinstance(item, Sample))
-    return pl.concat([made, *(item for item in items if isinstance(item, pl.DataFrame))])
-
-
-def _one_verdict_each(line: StageLine, asked: pl.DataFrame, verdicts: pl.DataFrame) -> None:
-    """The check that nothing is lost: every sample that was handed in has exactly one verdict, and no other has."""
-    if verdicts.schema != VERDICTS:
-        raise RuntimeError(f"stage {line.folder} gave verdicts with the schema {verdicts.schema}, not {VERDICTS}")
-    if not asked["id"].sort().equals(verdicts["sample"].sort(), check_names=False):
-        raise RuntimeError(
-            f"stage {line.folder} was handed {asked.height} samples and gave {verdicts.height} verdicts, or on other samples"
-        )
-
-
-def _repeat(sample: Sample) -> Failure:
-    p = sample.provenance
-    return Failure(
-        reason="repeat", detail=f"same content as {sample.id}", text=sample.input, teacher=p.teacher, call=p.call, source=p.source
-    )
 
 
 def _open_folder(folder: Path, recipe: Recipe) -> None:

@@ -173,8 +173,7 @@ def _content(row: dict[str, Any]) -> Text:
 
 def _asked(key: str, home: Path) -> list[RenderableType]:
     """The call that a sample was parsed from, out of the ledger."""
-    from factory.ledger import Ledger
-    from factory.run import LEDGER_FILE
+    from factory.ledger import LEDGER_FILE, Ledger
 
     with Ledger.open(home / LEDGER_FILE) as ledger:
         record = ledger.get(key)
@@ -203,8 +202,7 @@ def released(run: RunFolder, version: Path) -> RenderableType:
 
 def ledger_table(home: Path) -> RenderableType:
     """Calls, tokens and money by run and teacher."""
-    from factory.ledger import Ledger
-    from factory.run import LEDGER_FILE
+    from factory.ledger import LEDGER_FILE, Ledger
 
     path = home / LEDGER_FILE
     if not path.exists():
