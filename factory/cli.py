@@ -81,7 +81,10 @@ def plan(recipe: Path) -> None:
 @click.option("--progress", "view", type=click.Choice(["auto", "live", "plain", "quiet"]), default="auto", show_default=True)
 @_told
 def run(recipe: Path, view: View) -> None:
-    """Run RECIPE to its target, or go on where it stopped."""
+    """Run RECIPE to its target, or go on where it stopped.
+
+    Exit status: 0 the target is met, 3 the run ended short of it and says why, 2 the recipe is faulty, 1 it had to stop.
+    """
     from factory.recipe import load_recipe
     from factory.run import run as turn
     from factory.show import outcome
