@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import polars as pl
 from pydantic import Field
 
@@ -16,11 +14,11 @@ class Logprob(Filter):
 
     That is minus the logarithm of the perplexity under the teacher that wrote it (Jelinek et al. 1977), so it compares rows
     of one teacher and one way of sampling, not of two. It needs `params: {logprobs: true}` and `per_call: 1` in the stage
-    that asks; a row without the figure is kept, and counted in the stage's report. Score: the figure.
+    that asks; a row without the figure is kept, and counted in the stage's report. Score: the figure. It does
+    not rank: among good rows the likeliest are the commonplace ones, and a student learns less from them.
     """
 
     key = "logprob"
-    ranks: ClassVar[bool] = True
 
     at_least: float = Field(-1.5, le=0)
 
