@@ -54,6 +54,10 @@ class RunFolder:
         whole = [marker.parent for marker in self.path.glob("round-*/*/stage.json")]
         yield from sorted(whole, key=lambda folder: (_round_of(folder), folder.name))  # "target" sorts behind the numbered ones
 
+    def _of_kind(self, *kinds: str) -> Iterator[Path]:
+        """Folders of finished stages of these kinds; what such a stage must have written and is gone is an error, never nothing."""
+        return (folder for folder in self.stage_folders() if read_json(folder / "stage.json")["kind"] in kinds)
+
     @cached_property
     def stages(self) -> list[dict[str, Any]]:
         """The `stage.json` of every stage that finished."""
@@ -77,7 +81,7 @@ class RunFolder:
     @cached_property
     def samples(self) -> pl.DataFrame:
         """Every sample that was made or read, as `SAMPLES`; ids are unique."""
-        frames = [read_frame(f / "samples.parquet", SAMPLES) for f in self.stage_folders() if (f / "samples.parquet").exists()]
+        frames = [read_frame(f / "samples.parquet", SAMPLES) for f in self._of_kind("source", "generator")]
         return pl.concat([SAMPLES.to_frame(), *frames])
 
     @cached_property
@@ -85,8 +89,7 @@ class RunFolder:
         """Every verdict, in the order in which it was given, as `VERDICTS` and `round`."""
         frames = [
             read_frame(f / "verdicts.parquet", VERDICTS).with_columns(round=pl.lit(_round_of(f), pl.Int64))
-            for f in self.stage_folders()
-            if (f / "verdicts.parquet").exists()
+            for f in self._of_kind("filter", "target")
         ]
         return pl.concat([pl.Schema({**VERDICTS, "round": pl.Int64()}).to_frame(), *frames])
 

@@ -204,7 +204,11 @@ def read_frame(path: Path, schema: pl.Schema) -> pl.DataFrame:
     try:
         frame = pl.read_parquet(path)
     except FileNotFoundError as error:
-        raise StoreError("this file of a run or version is missing", where=str(path)) from error
+        raise StoreError(
+            "this file of a run or version is missing",
+            where=str(path),
+            next="Put it back, or delete the run's folder and run again: the ledger answers what was paid for.",
+        ) from error
     except (pl.exceptions.PolarsError, OSError) as error:
         raise StoreError(
             f"this file can't be read as Parquet: {error}",

@@ -212,6 +212,15 @@ def test_a_folder_of_an_older_version(task: Path) -> None:
     assert "layout 0" in gristmill(task, "run", "task", code=1)
 
 
+def test_a_file_that_was_deleted_from_a_run_is_missed(task: Path) -> None:
+    gristmill(task, "run", "task", "--progress", "quiet")
+    (run_folder(task).path / "round-01" / "02-compose" / "samples.parquet").unlink()
+    for command in ("show", "run"):
+        said = gristmill(task, command, "task", code=1)
+        assert "samples.parquet" in said
+        assert "the ledger answers" in said
+
+
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(task: Path) -> None:
     """A limit on the size of a file stands in for a full disk: the write fails in the same place."""
     limited = f"ulimit -f 8; exec {GRISTMILL} run task --progress quiet"
