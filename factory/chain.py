@@ -35,7 +35,7 @@ from schemas.sample import Failure, Sample
 
 Lane = queue.SimpleQueue[Sample | pl.DataFrame | None]  # from a stage to the next; None: the end
 BUDGET_SPENT = "budget spent"
-_ENOUGH_TO_GIVE_UP = 20  # unanswered calls, when they are also more than half of a stage's
+_ENOUGH_TO_GIVE_UP = 20  # unanswered calls, when they are also more than the answered ones of a stage
 
 
 @dataclass(frozen=True)
@@ -312,9 +312,9 @@ class _StageContext:
         if answer.reply is None:
             tally.unanswered[(answer.error or "failed").split(":")[0][:60]] += 1
             failed = tally.unanswered.total() - tally.unanswered[BUDGET_SPENT]
-            if failed >= _ENOUGH_TO_GIVE_UP and failed > tally.asked / 2:
+            if failed >= _ENOUGH_TO_GIVE_UP and failed > tally.answered:
                 raise RunError(
-                    f"{failed} of {tally.asked} calls failed, last: {answer.error}",
+                    f"{failed} of {tally.answered + failed} calls failed, last: {answer.error}",
                     where=f"stage {self.stage}",
                     next=f"{tally.answered} answers are kept. Mend the cause and run the same command.",
                 )

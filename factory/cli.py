@@ -67,13 +67,21 @@ def init(folder: Path) -> None:
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--probe",
+    type=click.IntRange(min=1),
+    is_flag=False,
+    flag_value=20,
+    metavar="N",
+    help="Ask N of the first round's questions (20 if N is left out) and tell cost and time with an interval; the run finds the answers.",
+)
 @_told
-def plan(recipe: Path) -> None:
-    """Say what RECIPE would ask, of whom, what it would cost and take. Asks nothing."""
+def plan(recipe: Path, probe: int | None) -> None:
+    """Say what RECIPE would ask, of whom, what it would cost and take. Asks nothing, unless told to by --probe."""
     from factory.plan import plan_table
     from factory.recipe import load_recipe
 
-    _print(plan_table(load_recipe(recipe), home()))
+    _print(plan_table(load_recipe(recipe), home(), asking=probe))
 
 
 @main.command()
@@ -169,13 +177,45 @@ def teachers_list() -> None:
         click.echo(f"{kind:<12} {(plugins.teacher_class(kind).__doc__ or '').strip().splitlines()[0]}")
 
 
-@main.command()
+@main.group(invoke_without_command=True)
+@click.option("--by", type=click.Choice(["run", "stage", "teacher", "day"]), help="Add up by this alone; else by run and by teacher.")
+@click.pass_context
 @_told
-def ledger() -> None:
-    """Sum up what was asked and paid, by run and teacher."""
+def ledger(context: click.Context, by: Any) -> None:
+    """Sum up what was asked and paid, and list what may have been paid for and never came. Nothing is ever deleted.
+
+    The ledger is MILL/ledger.db, or the PostgreSQL database whose URL is in $GRISTMILL_LEDGER.
+    """
     from factory.show import ledger_table
 
-    _print(ledger_table(home()))
+    if context.invoked_subcommand is None:
+        _print(ledger_table(home(), (by,) if by else ("run", "teacher")))
+
+
+@ledger.command("export")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--format", "form", type=click.Choice(["jsonl", "csv", "parquet"]), help="Else by FILE's ending, or jsonl.")
+@click.option("--run", help="Only what this run asked.")
+@_told
+def ledger_export(file: Path, form: Any, run: str | None) -> None:
+    """Write every time that a call was asked to FILE, with its question and its answer."""
+    from factory.audit import export
+
+    click.echo(f"wrote {export(home(), file, form=form, run=run):,} entries to {file}")
+
+
+@ledger.command("verify")
+@_told
+def ledger_verify() -> None:
+    """Check that the ledger is whole: files, keys, answers and sums. Exit status: 0 it is, 1 it is not."""
+    from factory.audit import verify
+
+    audit = verify(home())
+    for fault in audit.faults:
+        click.echo(fault)
+    found = {0: "no fault", 1: "1 fault"}.get(len(audit.faults), f"{len(audit.faults):,} faults")
+    click.echo(f"checked {audit.calls:,} calls, {audit.entries:,} entries and {audit.runs:,} runs' sums: {found}")
+    sys.exit(1 if audit.faults else 0)
 
 
 def _recipe(where: Path) -> Any:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from schemas.call import Reading
+
 
 class GristmillError(Exception):
     """What happened, where, and what to do next; `str()` is the block that the command line prints."""
@@ -98,11 +100,21 @@ class MissingExtra(GristmillError):
 class TeacherFault(Exception):
     """One request that failed.
 
-    `kind` says what may follow: "later" (rate limit: wait and ask again, at no loss), "again" (a passing fault: retry with
-    jitter), "never" (this question will not be answered: bad request, refused content, too long), "stop" (no question
-    will: bad key, no credit, unknown model). `retry_after_s` is the server's own wish.
+    `kind` says what may follow: "later" (rate limit, or a server that is too busy: wait and ask again, at no loss), "again" (a
+    passing fault: retry with jitter), "never" (this question will not be answered: bad request, refused content, too long),
+    "stop" (no question will: bad key, no credit, unknown model). `retry_after_s` is the server's own wish. `paid`: the request
+    was sent whole and may have been worked on, so it may be on the bill although its answer is lost. `readings` is what the
+    refusal's headers say of the rate limits.
     """
 
-    def __init__(self, kind: Literal["later", "again", "never", "stop"], message: str, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        kind: Literal["later", "again", "never", "stop"],
+        message: str,
+        retry_after_s: float | None = None,
+        *,
+        paid: bool = False,
+        readings: tuple[Reading, ...] = (),
+    ) -> None:
         super().__init__(message)
-        self.kind, self.retry_after_s = kind, retry_after_s
+        self.kind, self.retry_after_s, self.paid, self.readings = kind, retry_after_s, paid, readings

@@ -1,7 +1,7 @@
 """The gateway: the one door to every teacher, so that money, rate limits, retries and concurrency are dealt with in one place.
 
-A stage asks from its own thread; the asking itself happens in one asyncio loop in a thread of the gateway's. No stage ever
-sees a socket, a coroutine or a retry.
+A stage asks from its own thread; the asking itself happens in one event loop in a thread of the gateway's. No stage ever sees a
+socket, a coroutine or a retry.
 """
 
 from __future__ import annotations
@@ -11,23 +11,31 @@ import math
 import queue
 import random
 import threading
-from collections.abc import Coroutine, Generator, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+import uvloop
 
 from factory.errors import BudgetSpent, RunError, TeacherDown, TeacherFault
 from factory.ledger import Known, Ledger, Place, Question
-from factory.teacher import Connection, Price, Teacher
+from factory.line import Away, Dropped, Line, Turn, describe
+from factory.pace import Pace
+from factory.prices import cost, worst_cost
+from factory.structured import Fit, correction, fit
+from factory.teacher import Heard, Teacher
 from schemas.call import Answer, Call, Params, Reply
 from schemas.canonical import canonical_json
 
-READ_AHEAD = 8  # calls that wait for a slot, so that none is idle while the caller thinks
+READ_AHEAD = 8  # calls that are entered and wait for a slot of their teacher, besides as many as it has slots
+MOST_WAITING = 4096  # calls of one ask that wait while another teacher than theirs is idle
 BACKOFF_S, BACKOFF_CAP_S = 0.5, 60.0
-DOWN_AFTER = 8  # calls in a row that no retry could help: the server is down, not the calls
-GRACE_S = 60.0  # how long `close` waits for answers that are under way: they are paid for
+LONG_TEXT = 10_000  # characters
+ELSEWHERE_S = 0.2  # between two looks for an answer that another process is getting
+GRACE_S = 5.0  # how much longer than a teacher's timeout `close` waits for answers that are under way: they are paid for
 
 # Strict upper bounds, because a budget is never overshot: a token is at least one byte of UTF-8, and what a server writes
 # around a conversation (its template, a default system prompt, the rules of a forced tool) stays below these.
@@ -49,13 +57,20 @@ class Estimate:
 
 def estimate(call: Call, teacher: Teacher) -> Estimate:
     """What `call` may cost with this teacher; the gateway reserves the worst, a plan shows both."""
-    schema_bytes = len(canonical_json(call.json_schema).encode()) if call.json_schema else 0
-    size = sum(len(m.content.encode()) for m in call.messages) + len((call.prompt or "").encode()) + schema_bytes
-    around = TOKENS_A_CALL + TOKENS_A_MESSAGE * len(call.messages) + (TOKENS_A_SCHEMA if call.json_schema else 0)
-    worst = size + around, filled(call, teacher).params.max_tokens
-    typical = math.ceil(size / BYTES_A_TOKEN) + 4 * len(call.messages), math.ceil(worst[1] / 2)
-    price = teacher.known_price()
-    return Estimate(*worst, *typical, _cost(price, *worst), _cost(price, *typical))
+    worst = _worst_tokens(filled(call, teacher))
+    typical = math.ceil(_bytes(call) / BYTES_A_TOKEN) + 4 * len(call.messages), math.ceil(worst[1] / 2)
+    money = [worst_cost(teacher.known_price(tokens[0]), *tokens) for tokens in (worst, typical)]
+    return Estimate(*worst, *typical, *money)
+
+
+def _worst_tokens(sent: Call) -> tuple[int, int]:
+    around = TOKENS_A_CALL + TOKENS_A_MESSAGE * len(sent.messages) + (TOKENS_A_SCHEMA if sent.json_schema else 0)
+    return _bytes(sent) + around, sent.params.max_tokens
+
+
+def _bytes(call: Call) -> int:
+    schema = len(canonical_json(call.json_schema).encode()) if call.json_schema else 0
+    return sum(len(m.content.encode()) for m in call.messages) + len((call.prompt or "").encode()) + schema
 
 
 def filled(call: Call, teacher: Teacher) -> Call:
@@ -65,14 +80,6 @@ def filled(call: Call, teacher: Teacher) -> Call:
     merged |= {name: getattr(ours, name) for name in ours.model_fields_set}
     merged["extra"] = {**theirs.extra, **ours.extra}
     return call.model_copy(update={"params": Params.model_validate(merged)})
-
-
-def _cost(price: Price | None, tokens_in: int, tokens_out: int) -> int | None:
-    if price is None:
-        return None
-    # Dollars a million tokens are micro-dollars a token. Decimal, since 100 * 0.07 in floats rounds up to 8.
-    cost = Decimal(str(price.input_usd_per_mtok)) * tokens_in + Decimal(str(price.output_usd_per_mtok)) * tokens_out
-    return math.ceil(cost)
 
 
 @dataclass(frozen=True)
@@ -94,26 +101,36 @@ class Tally:
 
 @dataclass(frozen=True)
 class Snapshot(Tally):
-    """The tally of all teachers together, and of each."""
+    """The tally of all teachers together, and of each, and how fast each is asked."""
 
     teachers: Mapping[str, Tally] = field(default_factory=dict)
+    paces: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class _Line:
-    """The gateway's line to one teacher: its slots, its connection once there is one, and how it goes."""
+class _Desk:
+    """What the gateway keeps of one teacher: its line, its identity once it is known, and its numbers."""
 
-    name: str
-    teacher: Teacher
-    slots: asyncio.Semaphore
-    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
-    connection: Connection | None = None
-    identity: tuple[str, str] | None = None
-    failed_in_row: int = 0
-    tally: Tally = Tally()
+    def __init__(self, line: Line, teacher: Teacher) -> None:
+        self.line, self.teacher, self.name = line, teacher, line.name
+        self.identity: tuple[str, str] | None = None
+        self.identifying = asyncio.Lock()
+        self.counts = dict.fromkeys(Tally.__dataclass_fields__, 0)
+        self.window = READ_AHEAD + 2 * line.slots
+        self.ahead = asyncio.Semaphore(self.window)  # calls that may be entered at once
+        self._filled: dict[int, tuple[Params, Params]] = {}
 
     def count(self, **more: int) -> None:
-        self.tally += Tally(**more)
+        for name, n in more.items():
+            self.counts[name] += n
+
+    def sent(self, call: Call) -> Call:
+        """`filled`, remembered by the params object: a stage gives one to all of its calls."""
+        known = self._filled.get(id(call.params))
+        if known is None:
+            if len(self._filled) > 1000:
+                self._filled.clear()
+            known = self._filled[id(call.params)] = (call.params, filled(call, self.teacher).params)
+        return call.model_copy(update={"params": known[1]})
 
 
 @dataclass(eq=False)
@@ -122,21 +139,18 @@ class _Asking:
 
     stage: str
     round: int
-    done: queue.SimpleQueue[Answer | BaseException | None] = field(default_factory=queue.SimpleQueue)
+    done: queue.SimpleQueue[tuple[str, Answer | BaseException | None]] = field(default_factory=queue.SimpleQueue)  # of whom, and what
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class _Dropped(Exception):
-    """A call that is not sent (any more), because its ask has stopped."""
 
 
 class Gateway:
     """Asks teachers on behalf of one run; a context. `budget_micro_usd` None: no limit. `home`: for the teachers' log files."""
 
     def __init__(self, teachers: Mapping[str, Teacher], ledger: Ledger, *, home: Path, run: str, budget_micro_usd: int | None) -> None:
-        self._ledger, self._home, self._run, self._budget = ledger, home, run, budget_micro_usd
-        self._lines = {name: _Line(name, t, asyncio.Semaphore(t.concurrency)) for name, t in teachers.items()}
-        self._window = sum(t.concurrency for t in teachers.values()) + READ_AHEAD
+        self._teachers, self._ledger, self._home, self._run, self._budget = teachers, ledger, home, run, budget_micro_usd
+        self._desks: dict[str, _Desk] = {}
+        self._inbox: deque[tuple[Call, _Asking]] = deque()
+        self._inbox_seen = True
         self._under_way: dict[str, asyncio.Event] = {}  # keys that are being asked
         self._askings: set[_Asking] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -146,9 +160,10 @@ class Gateway:
         self._gate, self._closing = threading.Lock(), False
 
     def __enter__(self) -> Self:
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gateway", daemon=True)
         self._thread.start()
+        self._wait_for(self._open())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,7 +174,7 @@ class Gateway:
         with self._gate:
             self._closing = True
         try:
-            self._wait_for(self._drain(GRACE_S))
+            self._wait_for(self._drain(GRACE_S + max((teacher.timeout_s for teacher in self._teachers.values()), default=0)))
         finally:
             self._wait_for(self._drain(0))
             self._wait_for(self._connections.aclose())
@@ -175,18 +190,19 @@ class Gateway:
         what was not sent; what was sent is still settled.
         """
         asking, source = _Asking(stage, round), iter(calls)
-        waiting = dropped = 0
+        waiting: Counter[str] = Counter()  # calls by teacher
+        dropped = 0
         fault: BaseException | None = None
         self._askings.add(asking)
         try:
             while True:
-                while waiting < self._window and not (fault or dropped) and (call := next(source, None)) is not None:
-                    self._send(call, self._lines[call.teacher], asking)
-                    waiting += 1
-                if not waiting:
+                while not (fault or dropped) and self._wants(waiting) and (call := next(source, None)) is not None:
+                    self._send(call, asking)
+                    waiting[call.teacher] += 1
+                if not waiting.total():
                     break
-                done = asking.done.get()
-                waiting -= 1
+                teacher, done = asking.done.get()
+                waiting[teacher] -= 1
                 if isinstance(done, Answer):
                     yield done
                 elif done is None:
@@ -200,29 +216,58 @@ class Gateway:
         finally:
             self._askings.discard(asking)
             with suppress(RuntimeError):  # the loop is closed: the gateway was left before this iterator
-                self._loop.call_soon_threadsafe(asking.stopped.set)
+                self._loop.call_soon_threadsafe(self._stop, asking)
 
     def snapshot(self) -> Snapshot:
         """The totals so far, for a live view; from any thread."""
-        teachers = {name: line.tally for name, line in self._lines.items()}
+        teachers = {name: Tally(**desk.counts) for name, desk in self._desks.items()}
         total = sum(teachers.values(), Tally())
-        return Snapshot(**{name: getattr(total, name) for name in Tally.__dataclass_fields__}, teachers=teachers)
+        paces = {name: describe(desk.line.ways) for name, desk in self._desks.items()}
+        return Snapshot(**{name: getattr(total, name) for name in Tally.__dataclass_fields__}, teachers=teachers, paces=paces)
 
-    def _send(self, call: Call, line: _Line, asking: _Asking) -> None:
+    def _wants(self, waiting: Counter[str]) -> bool:
+        """Whether an ask should bring more calls: while any teacher has room, since the next call may be for it."""
+        if waiting.total() >= MOST_WAITING:
+            return False
+        return any(waiting[name] < desk.window for name, desk in self._desks.items())
+
+    def _send(self, call: Call, asking: _Asking) -> None:
+        if call.teacher not in self._teachers:
+            raise KeyError(call.teacher)
         with self._gate:  # what passes it is in the loop before `close` begins to wait
             if self._closing:
-                asking.done.put(None)
-            else:
-                self._loop.call_soon_threadsafe(self._start, call, line, asking)
+                asking.done.put((call.teacher, None))
+                return
+            self._inbox.append((call, asking))
+            if self._inbox_seen:  # waking the loop is dear, and it takes all that is there
+                self._inbox_seen = False
+                self._loop.call_soon_threadsafe(self._take)
 
     def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # Everything below runs in the loop's thread, and so needs no locks.
 
+    async def _open(self) -> None:
+        paces: dict[str, Pace] = {}
+        for name, teacher in self._teachers.items():
+            self._desks[name] = _Desk(Line(name, teacher, paces, self._freed), teacher)
+
+    def _freed(self, pace: Pace) -> None:
+        for desk in self._desks.values():
+            if any(way.pace is pace for way in desk.line.ways):
+                desk.line.pump()
+
+    def _stop(self, asking: _Asking) -> None:
+        asking.stopped.set()
+        self._give_change()  # what waits for money is to see that it need not
+        for desk in self._desks.values():
+            desk.line.drop(asking)
+
     async def _drain(self, grace_s: float) -> None:
-        for asking in self._askings:
-            asking.stopped.set()
+        self._take()
+        for asking in tuple(self._askings):
+            self._stop(asking)
         if self._tasks and grace_s:
             await asyncio.wait(self._tasks, timeout=grace_s)
         for task in self._tasks:
@@ -230,153 +275,206 @@ class Gateway:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _start(self, call: Call, line: _Line, asking: _Asking) -> None:
-        line.count(asked=1)
-        task = self._loop.create_task(self._finish(call, line, asking))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _take(self) -> None:
+        self._inbox_seen = True
+        while self._inbox:
+            call, asking = self._inbox.popleft()
+            self._desks[call.teacher].counts["asked"] += 1
+            task = self._loop.create_task(self._finish(call, asking))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _finish(self, call: Call, line: _Line, asking: _Asking) -> None:
+    async def _finish(self, call: Call, asking: _Asking) -> None:
+        desk = self._desks[call.teacher]
         try:
-            answer = await self._answer(call, line, asking)
-        except _Dropped:
-            line.count(asked=-1)
-            asking.done.put(None)
+            answer = await self._answer(call, desk, asking)
+        except Dropped:
+            desk.counts["asked"] -= 1
+            asking.done.put((call.teacher, None))
         except asyncio.CancelledError:
-            asking.done.put(None)
+            asking.done.put((call.teacher, None))
             raise
         except BaseException as error:  # the caller must hear of every end, or it waits for ever
-            asking.stopped.set()
-            asking.done.put(error)
+            self._stop(asking)
+            asking.done.put((call.teacher, error))
         else:
-            line.count(answered=answer.reply is not None, failed=answer.reply is None)
-            asking.done.put(answer)
+            desk.counts["failed" if answer.reply is None else "answered"] += 1
+            asking.done.put((call.teacher, answer))
 
-    async def _answer(self, call: Call, line: _Line, asking: _Asking) -> Answer:
-        sent = filled(call, line.teacher)
-        question = Question.of(sent, await self._identity(line))
+    async def _answer(self, call: Call, desk: _Desk, asking: _Asking) -> Answer:
+        """Ask; where the answer should fit a schema and does not, ask once more with what is wrong."""
+        answer = await self._ask_some(call, desk, asking)
+        if call.json_schema is None or answer.reply is None or answer.reply.finish == "refused":
+            return answer
+        schema, reply = call.json_schema, answer.reply
+        fitting = await _fitting(reply, schema)
+        if fitting.problem and (again := correction(call, reply.text, fitting.problem)):
+            answer = _joined(answer, await self._ask_some(again, desk, asking))
+            if answer.reply is None:
+                return answer
+            reply = answer.reply
+            fitting = await _fitting(reply, schema)
+        if fitting.text is None:
+            return answer.model_copy(update={"reply": None, "error": f"not of the schema: {fitting.problem}"})
+        return answer.model_copy(update={"reply": reply.model_copy(update={"text": fitting.text})})
+
+    async def _ask_some(self, call: Call, desk: _Desk, asking: _Asking) -> Answer:
+        """Ask the call's teacher, or the one that stands in for it while it is down."""
+        stands_in = self._desks[desk.teacher.fallback] if desk.teacher.fallback else None
+        if stands_in is not None and (known := await self._answered_by(call, [desk, stands_in])):
+            return known  # what the one that stood in has answered before is paid for
+        try:
+            return await self._ask_one(call, desk, asking)
+        except Away as away:
+            if stands_in is None:
+                raise self._down(desk, asking, away) from away
+        try:
+            return await self._ask_one(call, stands_in, asking)
+        except Away as away:
+            raise self._down(stands_in, asking, away) from away
+
+    async def _answered_by(self, call: Call, desks: Sequence[_Desk]) -> Answer | None:
+        """The answer that the ledger holds from the first of these teachers that has given one."""
+        questions = [Question.of(desk.sent(call), await self._identity(desk)) for desk in desks]
+        known = await self._ledger.look([question.key for question in questions])
+        for question, desk in zip(questions, desks, strict=True):
+            if answer := known.get(question.key):
+                desk.counts["from_ledger"] += 1
+                return _answered(call, question, answer, desk)
+        return None
+
+    async def _ask_one(self, call: Call, desk: _Desk, asking: _Asking) -> Answer:
+        sent = desk.sent(call)
+        question = Question.of(sent, desk.identity or await self._identity(desk))
         while (other := self._under_way.get(question.key)) is not None:
             await other.wait()
         self._under_way[question.key] = mine = asyncio.Event()
         try:
-            known = await asyncio.wrap_future(self._ledger.find(question.key))
-            if known is not None:
-                line.count(from_ledger=1)
-                return Answer(call=call, key=question.key, reply=known.reply, fresh=False, micro_usd=known.micro_usd)
-            async with line.slots:
-                return await self._buy(call, sent, question, line, asking)
+            async with desk.ahead:
+                entered = await self._enter(question, sent, desk, asking)
+                if isinstance(entered, int):
+                    return await self._buy(call, sent, question, entered, desk, asking)
+            desk.counts["from_ledger"] += 1
+            return _answered(call, question, entered, desk)
         finally:
             del self._under_way[question.key]
             mine.set()
 
-    async def _identity(self, line: _Line) -> tuple[str, str]:
-        async with line.opening:
-            if line.identity is None:
-                line.identity = await asyncio.to_thread(line.teacher.identity)  # may read gigabytes of weights
-            return line.identity
+    async def _identity(self, desk: _Desk) -> tuple[str, str]:
+        if desk.identity is None:
+            async with desk.identifying:
+                if desk.identity is None:
+                    desk.identity = await asyncio.to_thread(desk.teacher.identity)  # may read gigabytes of weights
+        return desk.identity
 
-    async def _buy(self, call: Call, sent: Call, question: Question, line: _Line, asking: _Asking) -> Answer:
-        """Reserve, ask, settle; in that order, each on disk before the next."""
-        connection = await self._connect(line, asking)
-        entry = await self._reserve(question, sent, line, asking)
-        try:
-            known = await self._settle(entry, sent, line, asking, connection)
-        except TeacherFault as fault:
-            await asyncio.wrap_future(self._ledger.fail(entry, str(fault)))
-            return self._unanswered(call, question.key, fault, line, asking)
-        except _Dropped:
-            await asyncio.wrap_future(self._ledger.fail(entry, "not asked again: the run was stopping"))
-            raise
-        finally:
-            self._release()
-        return Answer(call=call, key=question.key, reply=known.reply, micro_usd=known.micro_usd)
+    async def _enter(self, question: Question, sent: Call, desk: _Desk, asking: _Asking) -> int | Known:
+        """An entry of the ledger that holds the call's worst price; or the answer, where there is one.
 
-    async def _connect(self, line: _Line, asking: _Asking) -> Connection:
-        async with line.opening:
-            if asking.stopped.is_set():
-                raise _Dropped
-            if line.connection is None:
-                try:
-                    line.connection = await self._connections.enter_async_context(line.teacher.connect(self._home))
-                except TeacherFault as fault:
-                    raise self._down(line, asking, f"teacher {line.name!r} can't be used: {fault}", "Mend that") from fault
-            return line.connection
-
-    async def _reserve(self, question: Question, sent: Call, line: _Line, asking: _Asking) -> int:
-        """An entry of the ledger that holds the call's worst price. Waits while it does not fit and others may yet give change."""
-        worst = estimate(sent, line.teacher).worst_micro_usd
+        Waits while another process asks the same, and while the price does not fit and others may yet give change.
+        """
+        tokens = _worst_tokens(sent)
+        worst = worst_cost(desk.teacher.known_price(tokens[0]), *tokens)
         if worst is None and self._budget is not None:
             raise RunError(
-                f"the price of teacher {line.name!r} is unknown, so the budget can't be kept",
+                f"the price of teacher {desk.name!r} is unknown, so the budget can't be kept",
                 where=f"stage {asking.stage}",
                 next="Give the teacher a price in the recipe, or remove budget_usd.",
             )
-        place = Place(self._run, asking.stage, asking.round, line.name)
+        place = Place(self._run, asking.stage, asking.round, desk.name)
         while not asking.stopped.is_set():
             change = self._change
             self._spending += 1
             try:
-                entry = await asyncio.wrap_future(self._ledger.enter(question, place, reserve=worst, budget=self._budget))
+                entered = await self._ledger.enter(question, place, reserve=worst, budget=self._budget)
             except BaseException:
                 self._release()
                 raise
-            if entry is not None:
-                return entry
+            if isinstance(entered, int):
+                return entered
+            if entered is not None:
+                self._release()  # others may have waited to see whether this one spends
+                if isinstance(entered, Known):
+                    return entered
+                await _pause(asking, ELSEWHERE_S)
+                continue
             self._spending -= 1
             if not self._spending and not change.is_set():
                 self._give_change()  # those that wait come to the same end
                 raise self._budget_spent(asking, worst or 0)
             await change.wait()
-        raise _Dropped
+        raise Dropped
 
-    def _release(self) -> None:
+    def _release(self) -> Literal[False]:
+        """A reservation has ended; gives False, for the variable that says whether one is held."""
         self._spending -= 1
         self._give_change()
+        return False
 
     def _give_change(self) -> None:
         self._change.set()
         self._change = asyncio.Event()
 
-    async def _settle(self, entry: int, sent: Call, line: _Line, asking: _Asking, connection: Connection) -> Known:
-        line.count(in_flight=1)
+    async def _buy(self, call: Call, sent: Call, question: Question, entry: int, desk: _Desk, asking: _Asking) -> Answer:
+        """Ask until there is an answer, or no more sense in asking; every end of an entry is on disk before what follows."""
+        held, retries, again = True, 0, False
+        tokens = _tokens(sent)
         try:
-            reply = await self._try(sent, line, asking, connection)
+            while True:
+                try:
+                    if asking.stopped.is_set():
+                        raise Dropped
+                    turn = await desk.line.turn(asking, tokens, first=again)
+                    heard = await self._ask_at(turn, entry, sent, desk)
+                except TeacherFault as fault:
+                    again = True
+                    # While the circuit is open a fault says nothing of the call; only what may be paid for is not tried for ever.
+                    retries += fault.kind == "again" and (fault.paid or turn.way.down_since is None)
+                    final = fault.kind == "never" or retries > desk.teacher.retries
+                    if fault.paid or final:
+                        await (self._ledger.lose if fault.paid else self._ledger.fail)(entry, str(fault))
+                        held = self._release()
+                    if final:
+                        return _answered(call, question, None, desk, error=str(fault))
+                    await _back_off(asking, fault, retries)
+                    if not held:  # the answer was lost on its way, and to ask again is to pay again
+                        entered = await self._enter(question, sent, desk, asking)
+                        if isinstance(entered, Known):
+                            return _answered(call, question, entered, desk)
+                        entry, held = entered, True
+                else:
+                    return await self._settle(call, question, entry, heard, self._loop.time() - turn.began, desk)
+        except (Away, Dropped):
+            if held:
+                await self._ledger.fail(entry, "not asked, or not again: the run was stopping, or its teacher was down")
+            raise
         finally:
-            line.count(in_flight=-1)
-        line.failed_in_row = 0
-        cost = _cost(line.teacher.known_price(), reply.tokens_in, reply.tokens_out)
-        line.count(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, micro_usd=cost or 0)
-        return await asyncio.wrap_future(self._ledger.settle(entry, reply, cost))
+            if held:
+                self._release()
 
-    async def _try(self, sent: Call, line: _Line, asking: _Asking, connection: Connection) -> Reply:
-        retries = pauses = 0
-        while True:
-            try:
-                return await connection.ask(sent, sent.params)
-            except TeacherFault as fault:
-                retries += fault.kind == "again"
-                if fault.kind in ("never", "stop") or retries > line.teacher.retries:
-                    raise
-                pauses += 1
-                # Full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-                pause_s = random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_S * 2 ** min(pauses, 20)))
-                # The server's wish is the least; the jitter on top keeps all from coming back at the same moment.
-                pause_s += fault.retry_after_s or 0
-            with suppress(TimeoutError):
-                await asyncio.wait_for(asking.stopped.wait(), pause_s)
-            if asking.stopped.is_set():
-                raise _Dropped
+    async def _ask_at(self, turn: Turn, entry: int, sent: Call, desk: _Desk) -> Heard:
+        desk.counts["in_flight"] += 1
+        self._ledger.sending(entry)
+        try:
+            return await desk.line.ask(turn, sent, sent.params, self._home, self._connections)
+        finally:
+            desk.counts["in_flight"] -= 1
 
-    def _unanswered(self, call: Call, key: str, fault: TeacherFault, line: _Line, asking: _Asking) -> Answer:
-        if fault.kind == "stop":
-            raise self._down(line, asking, f"teacher {line.name!r} refuses every call: {fault}", "Mend that") from fault
-        line.failed_in_row = line.failed_in_row + 1 if fault.kind == "again" else 0
-        if line.failed_in_row >= DOWN_AFTER:
-            what = f"{line.failed_in_row} calls in a row to teacher {line.name!r} failed: {fault}"
-            raise self._down(line, asking, what, "Start its server (or wait until it is well)") from fault
-        return Answer(call=call, key=key, reply=None, error=str(fault), micro_usd=0)
+    async def _settle(self, call: Call, question: Question, entry: int, heard: Heard, seconds: float, desk: _Desk) -> Answer:
+        reply = heard.reply
+        price = cost(desk.teacher.known_price(reply.tokens_in), reply)
+        counts = desk.counts
+        counts["tokens_in"] += reply.tokens_in
+        counts["tokens_out"] += reply.tokens_out
+        counts["micro_usd"] += price or 0
+        return _answered(call, question, await self._ledger.settle(entry, reply, price, seconds), desk, fresh=True)
 
-    def _down(self, line: _Line, asking: _Asking, what: str, mend: str) -> TeacherDown:
+    def _down(self, desk: _Desk, asking: _Asking, away: Away) -> TeacherDown:
+        fault, name = away.fault, desk.name
+        what, mend = f"teacher {name!r} refuses every call: {fault}", "Mend that"
+        if fault.kind != "stop":
+            faults = max(way.faults for way in desk.line.ways)
+            what = f"{faults} calls in a row to teacher {name!r} failed: {fault}"
+            mend = "Start its server (or wait until it is well)"
         kept = self.snapshot().answered
         next = f"{mend} and run the same command: it goes on where it stopped."
         return TeacherDown(f"{what}. {kept:,} answers are kept.", where=f"stage {asking.stage}", next=next)
@@ -388,3 +486,46 @@ class Gateway:
             where=f"stage {asking.stage}",
             next="Raise budget_usd in the recipe and run the same command: it goes on where it stopped.",
         )
+
+
+async def _fitting(reply: Reply, schema: Mapping[str, Any]) -> Fit:
+    cut = reply.finish == "length"
+    if len(reply.text) < LONG_TEXT:
+        return fit(reply.text, schema, cut=cut)
+    return await asyncio.to_thread(fit, reply.text, schema, cut=cut)  # a long one that is broken takes a third of a second
+
+
+async def _back_off(asking: _Asking, fault: TeacherFault, retries: int) -> None:
+    """Wait before a passing fault is retried; a rate limit is waited for in the line. Raises Dropped once the asking stops."""
+    if fault.kind == "again":
+        # Full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+        pause_s = random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_S * 2 ** min(retries, 20)))
+        await _pause(asking, pause_s + (fault.retry_after_s or 0))
+    if asking.stopped.is_set():
+        raise Dropped from fault
+
+
+async def _pause(asking: _Asking, seconds: float) -> None:
+    """Sleep, but not on when the asking stops."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(asking.stopped.wait(), seconds)
+
+
+def _tokens(sent: Call) -> int:
+    """What a server counts a request as when it admits it: its question, at four bytes a token, and the most that it may answer."""
+    size = sum(len(m.content) for m in sent.messages) + len(sent.prompt or "")
+    return size // BYTES_A_TOKEN + sent.params.max_tokens
+
+
+def _answered(call: Call, question: Question, known: Known | None, desk: _Desk, *, error: str | None = None, fresh: bool = False) -> Answer:
+    # Without validation: all parts are, and this is done for each of millions.
+    reply, micro_usd = (known.reply, known.micro_usd) if known else (None, 0)
+    return Answer.model_construct(
+        call=call, key=question.key, reply=reply, error=error, fresh=fresh or reply is None, micro_usd=micro_usd, teacher=desk.name
+    )
+
+
+def _joined(first: Answer, second: Answer) -> Answer:
+    """The second answer, with the money of both."""
+    money = None if None in (first.micro_usd, second.micro_usd) else (first.micro_usd or 0) + (second.micro_usd or 0)
+    return second.model_copy(update={"call": first.call, "key": first.key, "micro_usd": money, "fresh": first.fresh or second.fresh})

@@ -1,29 +1,36 @@
 """The ledger: every call ever made to a teacher and its answer, so that what was paid for once is never paid for again.
 
 A call's question and its answer stand in `calls`, by key. Each time that it is asked stands in `entries`, which is the money:
-entered as open with its worst-case price reserved before it is sent, settled after. All work goes through one thread, which
-takes whatever is queued and commits it as one transaction: a commit waits for the disk, and fifty entries wait no longer than one.
+entered as open with its worst-case price reserved before it is sent, settled after. An answer that arrives goes to the spool at
+once, which survives `kill -9`, then into the database, and only then to whoever asked.
+
+All work goes through one thread, which takes whatever is queued and commits it as one transaction: a commit waits for the disk,
+and fifty entries wait no longer than one. A batch is a handful of statements over all of its rows, not a handful a row: they
+run outside of Python's lock, so the thread that asks is not held up by the one that writes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
-import socket
-import sqlite3
-import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
+import orjson
+
+from factory.database import Database, is_url, open_database
 from factory.errors import StoreError
+from factory.spool import Spool, boot, frames, lives
 from schemas.call import Call, Reply
 from schemas.canonical import canonical_json
 
@@ -51,7 +58,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             stage TEXT NOT NULL,
             round INTEGER NOT NULL,
             teacher TEXT NOT NULL,
-            owner TEXT NOT NULL,         -- host, process, its start, and which of its ledgers
+            owner TEXT NOT NULL,         -- which ledger object, of which process, asked
             opened_at TEXT NOT NULL,     -- UTC
             settled_at TEXT,
             reserved_micro_usd INTEGER,  -- NULL: the price is unknown
@@ -65,14 +72,60 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX entries_by_run ON entries (run, state, cost_micro_usd, reserved_micro_usd)",
         "CREATE INDEX entries_open ON entries (owner) WHERE state = 'open'",
     ),
+    (
+        # Keys come in no order, so rows that lie in theirs touch a page each: a table in the order of arrival takes half the time.
+        """
+        -- SQLite
+        CREATE TABLE calls_in_order (
+            key TEXT PRIMARY KEY,
+            provider TEXT NOT NULL,
+            model TEXT NOT NULL,
+            draw INTEGER NOT NULL,
+            request TEXT NOT NULL,
+            answer TEXT,
+            cost_micro_usd INTEGER
+        )
+        """,
+        "-- SQLite\nINSERT INTO calls_in_order SELECT * FROM calls",
+        "-- SQLite\nDROP TABLE calls",
+        "-- SQLite\nALTER TABLE calls_in_order RENAME TO calls",
+        "ALTER TABLE entries ADD COLUMN seconds REAL",  # from sending to arrival; opened_at is before the wait for a slot
+        "ALTER TABLE entries ADD COLUMN batch TEXT",  # our name of the batch that it was submitted in
+        "DROP INDEX entries_by_run",
+        "DROP INDEX entries_open",
+        "CREATE INDEX entries_by_run ON entries (run)",
+        "CREATE INDEX entries_open ON entries (key, owner) WHERE state = 'open'",
+        "CREATE INDEX entries_lost ON entries (run) WHERE state = 'lost'",
+        "CREATE TABLE budgets (run TEXT PRIMARY KEY, micro_usd INTEGER NOT NULL)",  # what counts against each run's budget, added up
+        """
+        INSERT INTO budgets
+        SELECT run, coalesce(sum(CASE state WHEN 'settled' THEN cost_micro_usd ELSE reserved_micro_usd END), 0)
+        FROM entries WHERE state IN ('settled', 'open', 'lost') GROUP BY run
+        """,
+        """
+        CREATE TABLE batches (
+            mark TEXT PRIMARY KEY,       -- our name of it, which the provider keeps where it can
+            teacher TEXT NOT NULL,
+            account TEXT NOT NULL,
+            provider_id TEXT,            -- NULL: it was about to be submitted
+            calls INTEGER NOT NULL,
+            submitted_at TEXT NOT NULL,
+            ended_at TEXT,
+            owner TEXT NOT NULL
+        )
+        """,
+    ),
 )
+SEGMENT_BYTES = 4 << 20  # of a spool's file; then the next is begun
+PATIENCE_S = 2.0  # with a database that has not yet seen that a process died
 LEDGER_FILE = "ledger.db"  # under the home
-APPLICATION_ID = 0x67726D6C  # "grml": tells a ledger from any other SQLite file
+LEDGER_VARIABLE = "GRISTMILL_LEDGER"  # the environment's: a PostgreSQL URL, in place of that file
 
-_SPENT = """
-    SELECT coalesce(sum(CASE state WHEN 'settled' THEN cost_micro_usd ELSE reserved_micro_usd END), 0)
-    FROM entries WHERE run = ? AND state IN ('settled', 'open', 'lost')
-"""
+State = Literal["open", "settled", "lost", "failed"]
+By = Literal["run", "stage", "teacher", "day"]
+
+# What an entry counts for, in micro-USD.
+COUNTED = "CASE state WHEN 'settled' THEN cost_micro_usd WHEN 'failed' THEN 0 ELSE reserved_micro_usd END"
 
 
 @dataclass(frozen=True)
@@ -88,7 +141,14 @@ class Question:
     @classmethod
     def of(cls, call: Call, identity: tuple[str, str]) -> Question:
         """The question that `call` puts to the model of this identity; `call.params` must be those that are sent."""
-        asked = call.model_dump(include={"messages", "prompt", "json_schema", "params"}, exclude_none=True)
+        asked: dict[str, Any] = {
+            "messages": [{"role": m.role, "content": m.content} for m in call.messages],
+            "params": call.params.model_dump(exclude_none=True),
+        }
+        if call.prompt is not None:
+            asked["prompt"] = call.prompt
+        if call.json_schema is not None:
+            asked["json_schema"] = call.json_schema
         return cls(call.key(*identity), *identity, call.draw, canonical_json(asked))
 
 
@@ -109,13 +169,20 @@ class Known(NamedTuple):
     micro_usd: int | None
 
 
+class Elsewhere(NamedTuple):
+    """Somebody else asks the same at this moment: another process, or another gateway of this one."""
+
+    owner: str
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One time that a call was asked. "lost": its process died before the answer was settled; it may have been paid for."""
+    """One time that a call was asked. "lost": it may have been paid for, and its answer never came: its process died, or the
+    answer was cut on its way. `seconds`: from sending to arrival."""
 
     id: int
     key: str
-    state: Literal["open", "settled", "lost", "failed"]
+    state: State
     run: str
     stage: str
     round: int
@@ -127,6 +194,8 @@ class Entry:
     tokens_in: int | None
     tokens_out: int | None
     error: str | None
+    seconds: float | None
+    batch: str | None
 
 
 @dataclass(frozen=True)
@@ -140,7 +209,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Sum:
-    """The entries of one run or one teacher, added up.
+    """The entries of one run, stage, teacher or day, added up. (What a run was answered for nothing leaves no entry.)
 
     `micro_usd` counts as the budget does: settled costs, and the reservations of what is open or lost. `unpriced` is how many
     of those entries have no known price, and are not in it.
@@ -157,40 +226,102 @@ class Sum:
     tokens_out: int
 
 
-class Ledger:
-    """An open ledger; made by `Ledger.open`, closed by `close` or as a context. Safe to use from any thread.
+# What the writer's thread is given to do. `future` gets the result once it is on disk.
 
-    Raises StoreError when the file is broken, of a newer Gristmill, or can't be written.
+
+class _Enter(NamedTuple):
+    question: Question
+    place: Place
+    reserve: int | None
+    budget: int | None
+    future: asyncio.Future[Any]
+
+
+class _Settle(NamedTuple):
+    entry: int
+    reply: Reply
+    row: list[Any]  # id, key, answer, cost, tokens in, tokens out, seconds
+    spool: Spool | None
+    future: asyncio.Future[Any]
+
+
+class _Close(NamedTuple):
+    entry: int
+    state: Literal["failed", "lost"]
+    error: str
+    future: asyncio.Future[Any] | None  # None: nobody waits
+
+
+class _Look(NamedTuple):
+    keys: Sequence[str]
+    future: asyncio.Future[Any]
+
+
+class _Work(NamedTuple):
+    work: Callable[[], Any]
+    future: Future[Any]
+
+
+_Pairs = list[tuple[asyncio.Future[Any], Any]]
+_Job = _Enter | _Settle | _Close | _Look | _Work
+
+_SETTLED = "id bigint, key text, answer text, cost bigint, tokens_in bigint, tokens_out bigint, seconds float8"
+
+
+class Ledger:
+    """An open ledger; made by `Ledger.open` or `open_ledger`, closed by `close` or as a context.
+
+    `enter`, `settle`, `fail` and `lose` are for one event loop's thread and give futures of that loop; the rest may be called
+    from any other thread and waits. Raises StoreError when the database is broken, of a newer Gristmill, or can't be written.
     """
 
-    def __init__(self, path: Path, db: sqlite3.Connection) -> None:
-        self.path = path
+    def __init__(self, db: Database, spools: Path | None) -> None:
+        self.place = db.place
         self._db = db
-        self._owner = f"{_process(os.getpid())}:{uuid.uuid4().hex[:8]}"
-        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._work, name="ledger", daemon=True)
-        self._spent: dict[str, int] = {}  # by run; true while `_version` is the file's
-        self._version = -1
-        self._closed = False
+        self._owner = uuid.uuid4().hex
+        self._spool: Spool | None = None  # once something is entered
+        self._segments = 0
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._in_flight: set[int] = set()  # entries that were sent and whose end is not committed
+        self._buried: list[tuple[str, list[Path]]] = []  # the dead, and their spools: to be removed once what they left is committed
+        self._open: dict[int, str] = {}  # our open entries, and their keys
+        self._handed: dict[int, tuple[asyncio.AbstractEventLoop, _Pairs]] = {}  # results on their way into a loop
+        self._gate, self._closed = threading.Lock(), False
+        self._writer: threading.Thread | None = None  # None: opened to be read
+        if spools is not None:
+            self._spools = spools
+            self._writer = threading.Thread(target=self._work, name="ledger", daemon=True)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open the ledger at `path`, made if missing; what dead processes left open is marked as lost."""
+    def open(cls, where: Path | str, *, spools: Path | None = None, read_only: bool = False) -> Self:
+        """Open the ledger at `where` (a file, made if missing, or a PostgreSQL URL).
+
+        What dead processes had received is settled from their spools (in `spools`; beside a file where that is None), and what
+        else they left open is closed. A spool is of use on the machine that wrote it: what another had received and not
+        committed when it died is lost to the others, and settled after all when a ledger is opened there again.
+
+        `read_only`: leaves everything as it is, writes nothing, and can't be asked to; StoreError where there is no ledger.
+        """
+        if spools is None and is_url(where) and not read_only:
+            raise ValueError("a ledger in PostgreSQL needs a folder for its spools")
+        db = open_database(where, MIGRATIONS, read_only=read_only)
+        if read_only:
+            return cls(db, None)
+        errors: tuple[type[Exception], ...] = (*db.errors, OSError)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise _unusable(path, error) from error
-        try:
-            _prepare(db, path)
-            ledger = cls(path, db)
+            ledger = cls(db, (spools or Path(f"{where}-spool")) / db.mark)
+            db.live(ledger._owner)
+            db.begin()
             ledger._bury()
-        except sqlite3.Error as error:
+            db.commit()
+            ledger._forget_buried()
+        except errors as error:
             db.close()
-            raise _unusable(path, error) from error
+            raise db.fault(error) from error
         except BaseException:
             db.close()
             raise
+        assert ledger._writer is not None
         ledger._writer.start()
         return ledger
 
@@ -201,165 +332,191 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Finish what is queued and close; calls of ours that nobody settled are lost from here on."""
-        if self._closed:
-            return
-        last = self._do(lambda: self._lose(self._owner))
-        self._closed = True
+        """Finish what is queued and close; calls of ours that nobody settled are lost from here on, or failed if they never left.
+
+        Raises StoreError where that can't be written; the spool stays then, and the next to open the ledger does it.
+        """
+        last: Future[None] = Future()
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
+            if self._writer is None:
+                self._db.close()
+                return
+            self._queue.put(_Work(self._leave, last))
+            self._queue.put(None)
+        left = False
         try:
             last.result()
+            left = True
         finally:
-            self._queue.put(None)
             self._writer.join()
+            if self._spool:
+                self._spool.retire(keep=not left)
             self._db.close()
 
-    def find(self, key: str) -> Future[Known | None]:
-        """The answer that stands for a key; None: there is none."""
-        return self._do(lambda: self._known(key))
+    # For the gateway's loop.
 
-    def holds(self, key: str) -> bool:
-        """Whether a key has an answer, so that asking it costs nothing."""
-        return self.find(key).result() is not None
-
-    def enter(self, question: Question, place: Place, *, reserve: int | None, budget: int | None) -> Future[int | None]:
+    def enter(
+        self, question: Question, place: Place, *, reserve: int | None, budget: int | None
+    ) -> asyncio.Future[int | Known | Elsewhere | None]:
         """Enter a call as open and reserve its worst-case price; gives the entry's id once that is on disk.
 
-        None: `reserve` (micro-USD) does not fit into what the run's `budget` (micro-USD; None: no limit) has left.
+        Known: it was answered before, and nothing is entered. Elsewhere: somebody else asks just this now. None: `reserve`
+        (micro-USD) does not fit into what the run's `budget` (micro-USD; None: no limit) has left.
         """
+        future: asyncio.Future[int | Known | Elsewhere | None] = asyncio.get_running_loop().create_future()
+        if self._spool is None:
+            with suppress(OSError):  # from here on it can be told that nothing has left yet; `sending` says what is wrong
+                self._segment()
+        self._put(_Enter(question, place, reserve, budget, future))
+        return future
 
-        def work() -> int | None:
-            if budget is not None and reserve and self._spent_by(place.run) + reserve > budget:
-                return None
-            self._db.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?, ?, NULL, NULL)", astuple(question))
-            entry = self._db.execute(
-                "INSERT INTO entries (key, state, run, stage, round, teacher, owner, opened_at, reserved_micro_usd) "
-                "VALUES (?, 'open', ?, ?, ?, ?, ?, ?, ?)",
-                (question.key, place.run, place.stage, place.round, place.teacher, self._owner, _now(), reserve),
-            ).lastrowid
-            self._add_spent(place.run, reserve or 0)
-            return entry
+    def sending(self, entry: int) -> None:
+        """Note, before it is sent, that a call leaves: what is open and never left can't have been paid for.
 
-        return self._do(work)
-
-    def settle(self, entry: int, reply: Reply, cost: int | None) -> Future[Known]:
-        """Keep an answer and what it cost (micro-USD); gives, once that is on disk, the answer that stands.
-
-        That is another one than `reply` when a second process asked the same and settled first: both are paid for, one is used.
+        Raises StoreError where it can't be noted; then it must not be sent.
         """
+        try:
+            self._keep(entry)
+        except OSError as error:
+            next = "Make room (or mend the folder's rights) and run the same command."
+            raise StoreError(f"can't write: {error.strerror or error}", where=str(self._spools), next=next) from error
+        self._in_flight.add(entry)
 
-        def work() -> Known:
-            key, run, reserved = self._close_entry(
-                entry, state="settled", cost_micro_usd=cost, tokens_in=reply.tokens_in, tokens_out=reply.tokens_out
-            )
-            self._db.execute(
-                "UPDATE calls SET answer = ?, cost_micro_usd = ? WHERE key = ? AND answer IS NULL", (reply.model_dump_json(), cost, key)
-            )
-            self._add_spent(run, (cost or 0) - reserved)
-            standing = self._known(key)
-            assert standing is not None
-            return standing
+    def settle(self, entry: int, reply: Reply, cost: int | None, seconds: float | None = None) -> asyncio.Future[Known]:
+        """Keep an answer, what it cost (micro-USD) and how long it took; gives, once that is on disk, the answer that stands.
 
-        return self._do(work)
+        When this returns the answer has been written to the spool. Another answer than `reply` stands when somebody else settled
+        the same question first: both are paid for, one is used.
+        """
+        future: asyncio.Future[Known] = asyncio.get_running_loop().create_future()
+        answer = reply.model_dump_json(exclude_defaults=True)
+        row = [entry, self._open[entry], answer, cost, reply.tokens_in, reply.tokens_out, seconds]
+        spool = None
+        with suppress(OSError):  # the commit comes next: it does without, or fails for the same cause and says so
+            spool = self._keep(row, waits=True)
+        self._put(_Settle(entry, reply, row, spool, future))
+        return future
 
-    def fail(self, entry: int, error: str) -> Future[None]:
+    def fail(self, entry: int, error: str) -> asyncio.Future[None]:
         """Close an entry without an answer: nothing was paid, and the call may be asked again."""
+        return self._close_entry(entry, "failed", error)
 
-        def work() -> None:
-            _, run, reserved = self._close_entry(entry, state="failed", error=error)
-            self._add_spent(run, -reserved)
+    def lose(self, entry: int, error: str) -> asyncio.Future[None]:
+        """Close an entry whose answer was lost on its way: it may be on the bill, so its reservation counts as spent."""
+        return self._close_entry(entry, "lost", error)
 
-        return self._do(work)
+    def look(self, keys: Sequence[str]) -> asyncio.Future[dict[str, Known]]:
+        """The answers that stand for these keys."""
+        future: asyncio.Future[dict[str, Known]] = asyncio.get_running_loop().create_future()
+        self._put(_Look(keys, future))
+        return future
+
+    # For everybody else.
+
+    def find(self, key: str) -> Known | None:
+        """The answer that stands for a key; None: there is none."""
+        return self._read(lambda: self._known([key]).get(key))
+
+    def find_any(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys that have an answer, so that asking them costs nothing."""
+        wanted = _json([[key] for key in keys])
+        sql = f"SELECT key FROM calls WHERE answer IS NOT NULL AND key IN (SELECT key FROM {self._db.rows('key text')})"
+        return {row[0] for row in self._read(lambda: self._db.execute(sql, wanted))}
 
     def spent(self, run: str) -> int:
         """What counts against a run's budget, in micro-USD: settled costs, and the reservations of what is open or lost."""
-        return self._do(lambda: self._spent_by(run)).result()
+        return self._read(lambda: self._spent([run])[run])
 
     def get(self, key: str) -> Record | None:
         """All that is known of one call."""
 
         def work() -> Record | None:
-            row = self._db.execute("SELECT key, provider, model, draw, request FROM calls WHERE key = ?", (key,)).fetchone()
-            return Record(Question(*row), self._known(key), tuple(self._entries("key = ?", key))) if row else None
+            rows = self._db.execute("SELECT key, provider, model, draw, request FROM calls WHERE key = ?", key)
+            return Record(Question(*rows[0]), self._known([key]).get(key), tuple(self._entries("key = ?", key))) if rows else None
 
-        return self._do(work).result()
+        return self._read(work)
 
     def lost(self, run: str | None = None) -> list[Entry]:
         """The entries that may have been paid for and lost, oldest first; of one run, or of all."""
-        return self._do(lambda: self._entries("state = 'lost' AND (?1 IS NULL OR run = ?1)", run)).result()
+        one = ("state = 'lost'",) if run is None else ("state = 'lost' AND run = ?", run)
+        return self._read(lambda: self._entries(*one))
 
-    def sums(self, by: Literal["run", "teacher"], run: str | None = None) -> list[Sum]:
-        """The money by run or by teacher, in order of name; of one run, or of all."""
-
-        def work() -> list[Sum]:
-            counted = "CASE state WHEN 'settled' THEN cost_micro_usd WHEN 'failed' THEN 0 ELSE reserved_micro_usd END"
-            rows = self._db.execute(
-                f"SELECT {by}, sum(state = 'settled'), sum(state = 'open'), sum(state = 'lost'), sum(state = 'failed'), "
-                f"coalesce(sum({counted}), 0), sum({counted} IS NULL), coalesce(sum(tokens_in), 0), coalesce(sum(tokens_out), 0) "
-                f"FROM entries WHERE ?1 IS NULL OR run = ?1 GROUP BY {by} ORDER BY {by}",
-                (run,),
-            )
-            return [Sum(*row) for row in rows]
-
-        return self._do(work).result()
+    def sums(self, by: By, run: str | None = None) -> list[Sum]:
+        """The money by run, stage, teacher or day (UTC), in order of name; of one run, or of all."""
+        name = "substr(opened_at, 1, 10)" if by == "day" else by
+        where, values = ("", ()) if run is None else ("WHERE run = ?", (run,))
+        sql = (
+            f"SELECT {name}, {', '.join(_count(state) for state in ('settled', 'open', 'lost', 'failed'))}, "
+            f"coalesce(sum({COUNTED}), 0), sum(CASE WHEN {COUNTED} IS NULL THEN 1 ELSE 0 END), "
+            f"coalesce(sum(tokens_in), 0), coalesce(sum(tokens_out), 0) FROM entries {where} GROUP BY {name}"
+        )
+        rows = self._read(lambda: self._db.execute(sql, *values))
+        return sorted((Sum(row[0], *map(int, row[1:])) for row in rows), key=lambda row: row.name)
 
     def pace(self, provider: str, model: str) -> float | None:
-        """Seconds from question to answer, the mean of the model's last 200 answers; None: it has given none."""
+        """Seconds from sending to arrival, the mean of the model's last 200 answers; None: it has given none."""
+        sql = (
+            "SELECT avg(seconds) FROM (SELECT seconds FROM entries JOIN calls ON calls.key = entries.key "
+            "WHERE provider = ? AND model = ? AND state = 'settled' AND seconds IS NOT NULL ORDER BY id DESC LIMIT 200) AS last"
+        )
+        [(seconds,)] = self._read(lambda: self._db.execute(sql, provider, model))
+        return None if seconds is None else float(seconds)
 
-        def work() -> float | None:
-            row = self._db.execute(
-                "SELECT avg(julianday(settled_at) - julianday(opened_at)) * 86400 FROM (SELECT settled_at, opened_at FROM entries "
-                "JOIN calls USING (key) WHERE provider = ? AND model = ? AND state = 'settled' ORDER BY id DESC LIMIT 200)",
-                (provider, model),
-            ).fetchone()
-            seconds: float | None = row[0]
-            return seconds
+    def _close_entry(self, entry: int, state: Literal["failed", "lost"], error: str) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # A server's own words may hold what no database takes: NUL, and halves of characters.
+        self._put(_Close(entry, state, error.replace("\0", "\ufffd").encode(errors="replace").decode(), future))
+        return future
 
-        return self._do(work).result()
+    def _keep(self, what: Any, *, waits: bool = False) -> Spool:
+        """Write to the spool; OSError where that can't be done."""
+        spool = self._segment()
+        try:
+            spool.append(orjson.dumps(what), waits=waits)
+        except OSError:
+            self._spool = None  # what came next might stand behind half a frame
+            spool.retire()
+            raise
+        return spool
+
+    def _segment(self) -> Spool:
+        """The spool's file to write to; the next one once that is large."""
+        self._check_open()
+        if self._spool is None or self._spool.bytes > SEGMENT_BYTES:
+            self._spools.mkdir(parents=True, exist_ok=True)
+            first = orjson.dumps([boot(), [*self._in_flight]])
+            old, self._spool = self._spool, Spool(self._spools / f"{self._owner}.{self._segments}.spool", first)
+            self._segments += 1
+            if old:
+                old.retire()
+        return self._spool
+
+    def _read(self, work: Callable[[], T]) -> T:
+        if self._writer is not None:
+            future: Future[T] = Future()
+            self._put(_Work(work, future))
+            return future.result()
+        with self._gate:
+            if self._closed:
+                raise RuntimeError("the ledger is closed")
+            try:
+                return work()
+            except self._db.errors as error:
+                raise self._db.fault(error) from error
+
+    def _put(self, job: _Job) -> None:
+        with self._gate:  # what comes behind the last would never be done
+            self._check_open()
+            self._queue.put(job)
+
+    def _check_open(self) -> None:
+        if self._closed or self._writer is None:
+            raise RuntimeError("the ledger is closed" if self._closed else "the ledger was opened to be read")
 
     # Everything below runs in the writer's thread, inside a transaction.
-
-    def _known(self, key: str) -> Known | None:
-        row = self._db.execute("SELECT answer, cost_micro_usd FROM calls WHERE key = ? AND answer IS NOT NULL", (key,)).fetchone()
-        return Known(Reply.model_validate_json(row[0]), row[1]) if row else None
-
-    def _entries(self, where: str, value: str | None) -> list[Entry]:
-        names = ", ".join(Entry.__dataclass_fields__)
-        return [Entry(*row) for row in self._db.execute(f"SELECT {names} FROM entries WHERE {where} ORDER BY id", (value,))]
-
-    def _close_entry(self, entry: int, **values: Any) -> tuple[str, str, int]:
-        """Set these columns of an entry; gives its key, its run and what was reserved for it."""
-        columns = ", ".join(f"{name} = ?" for name in values)
-        row: tuple[str, str, int] = self._db.execute(
-            f"UPDATE entries SET {columns}, settled_at = ? WHERE id = ? RETURNING key, run, coalesce(reserved_micro_usd, 0)",
-            (*values.values(), _now(), entry),
-        ).fetchone()
-        return row
-
-    def _spent_by(self, run: str) -> int:
-        if run not in self._spent:
-            self._spent[run] = self._db.execute(_SPENT, (run,)).fetchone()[0]
-        return self._spent[run]
-
-    def _add_spent(self, run: str, micro_usd: int) -> None:
-        if run in self._spent:
-            self._spent[run] += micro_usd
-
-    def _lose(self, owner: str) -> None:
-        self._db.execute("UPDATE entries SET state = 'lost', settled_at = ? WHERE state = 'open' AND owner = ?", (_now(), owner))
-
-    def _bury(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        for (owner,) in self._db.execute("SELECT DISTINCT owner FROM entries WHERE state = 'open'").fetchall():
-            if _is_dead(owner):
-                self._lose(owner)
-        self._db.execute("COMMIT")
-
-    def _do(self, work: Callable[[], T]) -> Future[T]:
-        if self._closed:
-            raise RuntimeError("the ledger is closed")
-        future: Future[T] = Future()
-        self._queue.put((work, future))
-        return future
 
     def _work(self) -> None:
         going = True
@@ -369,101 +526,299 @@ class Ledger:
                 while True:
                     batch.append(self._queue.get_nowait())
             going = None not in batch
-            # A future that was cancelled before its turn is left out; one that runs can't be cancelled any more.
-            jobs = [job for job in batch if job is not None and job[1].set_running_or_notify_cancel()]
-            if jobs:
+            if jobs := [job for job in batch if job is not None]:
                 self._commit(jobs)
 
-    def _commit(self, jobs: list[tuple[Callable[[], Any], Future[Any]]]) -> None:
+    def _commit(self, jobs: Sequence[_Job]) -> None:
+        working = False
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            version = self._db.execute("PRAGMA data_version").fetchone()[0]
-            if version != self._version:  # another process wrote: what it spent must count
-                self._spent.clear()
-                self._version = version
-            results = [work() for work, _ in jobs]
-            self._db.execute("COMMIT")
+            self._db.begin()
+            working = True
+            results = self._do(jobs)
+            working = False
+            self._db.commit()
         except BaseException as error:
-            self._spent.clear()
-            with suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            if len(jobs) > 1:  # one that can't be done must not take the others with it
-                for job in jobs:
-                    self._commit([job])
+            self._db.rollback()
+            self._buried.clear()
+            if working and len(jobs) > 1:  # one that can't be done must not take the others with it
+                half = len(jobs) // 2
+                self._commit(jobs[:half])
+                self._commit(jobs[half:])
                 return
-            jobs[0][1].set_exception(_unusable(self.path, error) if isinstance(error, sqlite3.Error) else error)
+            results = [self._db.fault(error) if isinstance(error, self._db.errors) else error] * len(jobs)
         else:
-            for (_, future), result in zip(jobs, results, strict=True):
-                future.set_result(result)
+            self._committed(jobs, results)
+        self._deliver(jobs, results)
 
+    def _committed(self, jobs: Sequence[_Job], results: Sequence[Any]) -> None:
+        """Follow up in memory and among the spools what is on disk now."""
+        for job, result in zip(jobs, results, strict=True):
+            if isinstance(job, _Enter) and isinstance(result, int):
+                self._open[result] = job.question.key
+            elif isinstance(job, (_Settle, _Close)):
+                self._open.pop(job.entry, None)
+                self._in_flight.discard(job.entry)
+        for spool, n in Counter(job.spool for job in jobs if isinstance(job, _Settle)).items():
+            if spool:
+                spool.committed(n)
+        self._forget_buried()
 
-def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Bring the file to this version's tables. Several processes may do so at once."""
-    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if tables and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise StoreError("this SQLite file is not a ledger of Gristmill", where=str(path), next="Move it away, or choose another folder.")
-    version: int = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
-        raise StoreError(
-            f"this ledger is of a newer Gristmill (its version is {version}, this one knows {len(MIGRATIONS)})",
-            where=str(path),
-            next="Install the newer Gristmill. Do not delete the ledger: it holds what was paid for.",
+    def _deliver(self, jobs: Sequence[_Job], results: Sequence[Any]) -> None:
+        """Hand results to whoever waits; to each event loop all of a batch in one step, since waking one is dear."""
+        waiting: dict[asyncio.AbstractEventLoop, _Pairs] = defaultdict(list)
+        for job, result in zip(jobs, results, strict=True):
+            if isinstance(job, _Work):
+                (job.future.set_exception if isinstance(result, BaseException) else job.future.set_result)(result)
+            elif job.future is not None:
+                waiting[job.future.get_loop()].append((job.future, result))
+        for loop, pairs in waiting.items():
+            number = id(pairs)
+            self._handed[number] = (loop, pairs)
+            with suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(self._resolve, number)
+        for number, (loop, pairs) in [*self._handed.items()]:
+            if loop.is_closed() and self._handed.pop(number, None) is not None:  # nobody waits any more
+                for _, result in pairs:
+                    self._abandon(result)
+
+    def _resolve(self, number: int) -> None:
+        _, pairs = self._handed.pop(number)
+        for future, result in pairs:
+            if future.done():  # its task was cancelled
+                self._abandon(result)
+            else:
+                (future.set_exception if isinstance(result, BaseException) else future.set_result)(result)
+
+    def _abandon(self, result: Any) -> None:
+        """Close the entry, where the result that nobody waits for is one: nobody else would, and its key would stay taken."""
+        if isinstance(result, int):
+            with suppress(RuntimeError):  # closing does the same
+                self._put(_Close(result, "failed", "cancelled before it was sent", None))
+
+    def _do(self, jobs: Sequence[_Job]) -> list[Any]:
+        """Do one batch; gives a result a job, in their order. What sets money free goes first."""
+        settles = [job for job in jobs if isinstance(job, _Settle)]
+        closes = [job for job in jobs if isinstance(job, _Close)]
+        enters = [job for job in jobs if isinstance(job, _Enter)]
+        settled = iter(self._settle_all(settles) if settles else ())
+        closed = iter(self._close_all(closes) if closes else ())
+        entered = iter(self._enter_all(enters) if enters else ())
+        looked = (self._known(job.keys) for job in jobs if isinstance(job, _Look))
+        of = {_Settle: settled, _Close: closed, _Enter: entered, _Look: looked}
+        return [job.work() if isinstance(job, _Work) else next(of[type(job)]) for job in jobs]
+
+    def _enter_all(self, jobs: Sequence[_Enter]) -> list[int | Known | Elsewhere | None]:
+        keys = [job.question.key for job in jobs]
+        taken = self._asked_elsewhere(keys)  # first, since it may settle what a dead process had received
+        known = self._known(keys)
+        spent = self._spent({job.place.run for job in jobs if job.budget is not None})
+        [(last,)] = self._db.execute("SELECT coalesce(max(id), 0) FROM entries")
+        results: list[int | Known | Elsewhere | None] = []
+        calls: list[list[Any]] = []
+        entries: list[list[Any]] = []
+        added: dict[str, int] = defaultdict(int)
+        now = _now()
+        for question, place, reserve, budget, future in jobs:
+            if future.cancelled():
+                results.append(None)
+            elif answer := known.get(question.key):
+                results.append(answer)
+            elif owner := taken.get(question.key):
+                results.append(Elsewhere(owner))
+            elif budget is not None and reserve and spent[place.run] + added[place.run] + reserve > budget:
+                results.append(None)
+            else:
+                last += 1
+                taken[question.key] = self._owner
+                added[place.run] += reserve or 0
+                calls.append([question.key, question.provider, question.model, question.draw, question.request])
+                entries.append([last, question.key, place.run, place.stage, place.round, place.teacher, reserve])
+                results.append(last)
+        if entries:
+            rows = self._db.rows("key text, provider text, model text, draw bigint, request text")
+            self._db.change(
+                "INSERT INTO calls (key, provider, model, draw, request) "
+                f"SELECT key, provider, model, draw, request FROM {rows} WHERE true ON CONFLICT (key) DO NOTHING",
+                _json(calls),
+            )
+            rows = self._db.rows("id bigint, key text, run text, stage text, round bigint, teacher text, reserve bigint")
+            self._db.change(
+                "INSERT INTO entries (id, key, state, run, stage, round, teacher, owner, opened_at, reserved_micro_usd) "
+                f"SELECT id, key, 'open', run, stage, round, teacher, ?, ?, reserve FROM {rows}",
+                self._owner,
+                now,
+                _json(entries),
+            )
+            self._add_spent(f"SELECT run, sum(coalesce(reserve, 0)) FROM {rows} WHERE true", _json(entries))
+        return results
+
+    def _settle_all(self, jobs: Sequence[_Settle]) -> list[Known]:
+        if self._settle_rows([job.row for job in jobs]) == len(jobs):
+            return [Known(job.reply, job.row[3]) for job in jobs]
+        standing = self._known([job.row[1] for job in jobs])
+        return [standing[job.row[1]] for job in jobs]
+
+    def _settle_rows(self, rows: Sequence[list[Any]]) -> int:
+        """Settle entries that are open or lost; gives how many of these answers stand now."""
+        given, table = _json(rows), self._db.rows(_SETTLED)
+        these = "entries.id = given.id AND entries.key = given.key AND entries.state IN ('open', 'lost')"
+        stand = self._db.change(
+            f"UPDATE calls SET answer = given.answer, cost_micro_usd = given.cost FROM {table} "
+            "WHERE calls.key = given.key AND calls.answer IS NULL",
+            given,
         )
-    _use_wal(db)
-    db.execute("PRAGMA synchronous = FULL")
-    if version < len(MIGRATIONS):
-        db.execute("BEGIN IMMEDIATE")
-        now: int = db.execute("PRAGMA user_version").fetchone()[0]  # another process may have been faster
-        for migration in MIGRATIONS[now:]:
-            for statement in migration:
-                db.execute(statement)
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version = {max(now, len(MIGRATIONS))}")
-        db.execute("COMMIT")
+        self._add_spent(
+            f"SELECT run, sum(coalesce(given.cost, 0) - coalesce(reserved_micro_usd, 0)) FROM entries JOIN {table} ON {these}", given
+        )
+        self._db.change(
+            "UPDATE entries SET state = 'settled', settled_at = ?, error = NULL, cost_micro_usd = given.cost, "
+            f"tokens_in = given.tokens_in, tokens_out = given.tokens_out, seconds = given.seconds FROM {table} WHERE {these}",
+            _now(),
+            given,
+        )
+        return stand
+
+    def _close_all(self, jobs: Sequence[_Close]) -> list[None]:
+        self._close_rows([[job.entry, job.state, job.error] for job in jobs])
+        return [None] * len(jobs)
+
+    def _close_rows(self, rows: Sequence[list[Any]]) -> None:
+        given, table = _json(rows), self._db.rows("id bigint, state text, error text")
+        these = "entries.id = given.id AND entries.state = 'open'"
+        self._add_spent(
+            f"SELECT run, -sum(coalesce(reserved_micro_usd, 0)) FROM entries JOIN {table} ON {these} WHERE given.state = 'failed'", given
+        )
+        self._db.change(
+            f"UPDATE entries SET state = given.state, error = given.error, settled_at = ? FROM {table} WHERE {these}", _now(), given
+        )
+
+    def _known(self, keys: Sequence[str]) -> dict[str, Known]:
+        rows = self._db.execute(
+            "SELECT key, answer, cost_micro_usd FROM calls "
+            f"WHERE answer IS NOT NULL AND key IN (SELECT key FROM {self._db.rows('key text')})",
+            _json([[key] for key in keys]),
+        )
+        return {key: Known(Reply.model_validate_json(answer), cost) for key, answer, cost in rows}
+
+    def _asked_elsewhere(self, keys: Sequence[str]) -> dict[str, str]:
+        """Which of the keys are open, and by whom; what the dead among them left is put in order first."""
+        rows = self._db.execute(
+            f"SELECT key, owner FROM entries WHERE state = 'open' AND key IN (SELECT key FROM {self._db.rows('key text')})",
+            _json([[key] for key in keys]),
+        )
+        dead = {owner for owner in {owner for _, owner in rows} if self._is_dead(owner)}
+        for owner in dead:
+            self._bury_one(owner)
+        return {key: owner for key, owner in rows if owner not in dead}
+
+    def _entries(self, where: str, *values: str) -> list[Entry]:
+        names = ", ".join(Entry.__dataclass_fields__)
+        return [Entry(*row) for row in self._db.execute(f"SELECT {names} FROM entries WHERE {where} ORDER BY id", *values)]
+
+    def _spent(self, runs: Iterable[str]) -> dict[str, int]:
+        rows = self._db.execute(
+            f"SELECT run, micro_usd FROM budgets WHERE run IN (SELECT run FROM {self._db.rows('run text')})", _json([[run] for run in runs])
+        )
+        return dict.fromkeys(runs, 0) | {run: int(micro_usd) for run, micro_usd in rows}
+
+    def _add_spent(self, added: str, given: str) -> None:
+        """Count towards the budgets what a SELECT of run and micro-USD adds up to, a run."""
+        self._db.change(
+            f"INSERT INTO budgets (run, micro_usd) {added} GROUP BY run "
+            "ON CONFLICT (run) DO UPDATE SET micro_usd = budgets.micro_usd + excluded.micro_usd",
+            given,
+        )
+
+    # What processes leave behind.
+
+    def _bury(self) -> None:
+        """Put in order what dead processes left: their spools are settled, the rest of what they had open is closed."""
+        owners = {owner for (owner,) in self._db.execute("SELECT DISTINCT owner FROM entries WHERE state = 'open'")}
+        owners |= {path.name.split(".")[0] for path in self._spools.glob("*.spool")} | self._db.owners()
+        for owner in owners:
+            if self._is_dead(owner, PATIENCE_S):
+                self._bury_one(owner)
+
+    def _bury_one(self, owner: str) -> None:
+        """Settle what had arrived; what had been sent is lost, and what never left has failed. After a crash of the machine nobody
+        knows what left: all is lost then, as it is where the spool lies on another machine."""
+        paths = sorted(self._spools.glob(f"{owner}.*.spool"))
+        arrived: list[list[Any]] = []
+        sent: set[int] = set()
+        told = bool(paths)
+        for path in paths:
+            (booted, in_flight), *rest = [*map(orjson.loads, frames(path))] or [["", []]]
+            told &= booted == boot() != ""
+            sent.update(in_flight, (item for item in rest if isinstance(item, int)))
+            arrived += (item for item in rest if isinstance(item, list))
+        for first in range(0, len(arrived), 500):
+            self._settle_rows(arrived[first : first + 500])
+        if told:
+            self._close_left(owner, "failed", "its process ended before it was sent", sent)
+        self._lose(owner)
+        self._buried.append((owner, paths))
+
+    def _leave(self) -> None:
+        self._close_left(self._owner, "failed", "the run ended before it was sent", self._in_flight)
+        self._lose(self._owner)
+
+    def _lose(self, owner: str) -> None:
+        self._close_left(owner, "lost", "its process ended before the answer came")
+
+    def _close_left(self, owner: str, state: Literal["failed", "lost"], error: str, but: Iterable[int] = ()) -> None:
+        rows = self._db.execute("SELECT id FROM entries WHERE state = 'open' AND owner = ?", owner)
+        left = {entry for (entry,) in rows}.difference(but)
+        if left:
+            self._close_rows([[entry, state, error] for entry in left])
+
+    def _is_dead(self, owner: str, patience_s: float = 0) -> bool:
+        """Whether an owner has ended; `patience_s`: a server takes a moment to see that, where its spool here tells it at once."""
+        if owner == self._owner:
+            return False
+        dead = self._db.is_dead(owner)
+        if not dead and not patience_s:
+            return False
+        spools = [*self._spools.glob(f"{owner}.*.spool")]
+        if any(map(lives, spools)):
+            return False  # even one that lost its connection: what it has in flight may yet come
+        until = time.monotonic() + patience_s
+        while spools and not dead and time.monotonic() < until:
+            time.sleep(0.01)
+            dead = self._db.is_dead(owner)
+        return dead
+
+    def _forget_buried(self) -> None:
+        for owner, paths in self._buried:
+            with suppress(OSError):  # buried once more, it changes nothing
+                for path in paths:
+                    path.unlink(missing_ok=True)
+                self._db.forget(owner)
+        self._buried.clear()
 
 
-def _use_wal(db: sqlite3.Connection) -> None:
-    # SQLite does not wait (busy_timeout or not) when two connections change the mode of a new file at once.
-    for attempt in range(200):
-        try:
-            if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] == "wal":
-                return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or attempt == 199:
-                raise
-        time.sleep(0.05)
+def ledger_place(home: Path) -> Path | str:
+    """Where the ledger lies: the PostgreSQL URL in $GRISTMILL_LEDGER, or a file under the home. StoreError: it is no such URL."""
+    url = os.environ.get(LEDGER_VARIABLE)
+    if not url:
+        return home / LEDGER_FILE
+    if not is_url(url):
+        raise StoreError(f"{LEDGER_VARIABLE} is not the URL of a PostgreSQL database", next="It begins with postgresql://; or unset it.")
+    return url
 
 
-def _unusable(path: Path, error: Exception) -> StoreError:
-    mendable = isinstance(error, (OSError, sqlite3.OperationalError)) and getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_CORRUPT
-    if mendable:
-        next = "Make room (or mend the folder's rights) and run the same command."
-        return StoreError(f"the ledger can't be used: {error}", where=str(path), next=next)
-    return StoreError(f"the ledger is broken: {error}", where=str(path), next="Restore it from a copy, or move it away to start a new one.")
+def open_ledger(home: Path, *, read_only: bool = False) -> Ledger:
+    """Open the ledger of everything under `home`, as `Ledger.open` does; see `ledger_place` for where it lies."""
+    place = ledger_place(home)
+    return Ledger.open(place, spools=home / "spool" if isinstance(place, str) else None, read_only=read_only)
+
+
+def _json(rows: Sequence[Any]) -> str:
+    return orjson.dumps(rows).decode()
+
+
+def _count(state: State) -> str:
+    return f"sum(CASE state WHEN '{state}' THEN 1 ELSE 0 END)"
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _process(pid: int) -> str:
-    """host:pid:start. The start tells a process from a later one that was given the same number."""
-    return f"{socket.gethostname()}:{pid}:{_started(pid) or ''}"
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine began, in the system's own words; None: there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]  # a zombie is dead; field 22 of the file: start in clock ticks since boot
-    except (FileNotFoundError, ProcessLookupError):
-        if Path("/proc/self").exists():
-            return None
-    words = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return words.stdout.strip().replace(":", ".") or None
-
-
-def _is_dead(owner: str) -> bool:
-    host, pid, started, _ = owner.rsplit(":", 3)
-    # Of another machine's processes nothing is known here; what they left open stays reserved, as the lost does.
-    return host == socket.gethostname() and _started(int(pid)) != started

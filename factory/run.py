@@ -24,7 +24,7 @@ from factory import rounds
 from factory.chain import BUDGET_SPENT, Stages, Tally, World
 from factory.errors import RunError, RunLocked
 from factory.gateway import Gateway
-from factory.ledger import LEDGER_FILE, Ledger
+from factory.ledger import Ledger, open_ledger
 from factory.progress import RunState, shown
 from factory.recipe import Recipe, StageLine
 from factory.records import LAYOUT, TARGET, RunFolder
@@ -49,7 +49,7 @@ def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "q
     with ExitStack() as stack:
         stack.enter_context(_locked(folder))
         _open_folder(folder, recipe)
-        ledger = stack.enter_context(Ledger.open(home / LEDGER_FILE))
+        ledger = stack.enter_context(open_ledger(home))
         budget = recipe.target.budget_usd
         micro = None if budget is None else int(budget * 1_000_000)
         gateway = stack.enter_context(Gateway(recipe.teachers, ledger, home=home, run=folder.name, budget_micro_usd=micro))

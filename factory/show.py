@@ -19,6 +19,11 @@ from factory.store import read_json
 
 if TYPE_CHECKING:
     from collections import Counter
+    from collections.abc import Sequence
+
+    from factory.ledger import By, Entry, Sum
+
+LOST_SHOWN = 20  # the latest
 
 
 def outcome(run: RunFolder) -> RenderableType:
@@ -173,10 +178,13 @@ def _content(row: dict[str, Any]) -> Text:
 
 def _asked(key: str, home: Path) -> list[RenderableType]:
     """The call that a sample was parsed from, out of the ledger."""
-    from factory.ledger import LEDGER_FILE, Ledger
+    from factory.ledger import open_ledger
 
-    with Ledger.open(home / LEDGER_FILE) as ledger:
-        record = ledger.get(key)
+    try:
+        with open_ledger(home, read_only=True) as ledger:
+            record = ledger.get(key)
+    except StoreError as error:
+        return [Text(f"what was asked can't be shown: {error.what}")]
     if record is None or record.answer is None:
         return []
     request = json.loads(record.question.request)
@@ -200,27 +208,41 @@ def released(run: RunFolder, version: Path) -> RenderableType:
     return Group(funnel_table(run.funnel(), splits), Text(), lines)
 
 
-def ledger_table(home: Path) -> RenderableType:
-    """Calls, tokens and money by run and teacher."""
-    from factory.ledger import LEDGER_FILE, Ledger
+def ledger_table(home: Path, by: Sequence[By] = ("run", "teacher")) -> RenderableType:
+    """Calls, tokens and money by each of these, their total, and below it what may have been paid for and never came."""
+    from factory.ledger import open_ledger
 
-    path = home / LEDGER_FILE
-    if not path.exists():
-        raise StoreError("there is no ledger here: nothing was asked yet", where=str(path))
+    with open_ledger(home, read_only=True) as ledger:
+        sums = [(f"{one} {row.name}", row) for one in by for row in ledger.sums(one)]
+        every, lost = ledger.sums("run"), ledger.lost()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", "answers", "failed", "lost", "tokens in", "tokens out", "cost"):
+    for name in ("", "answers", "failed", "lost", "open", "tokens in", "tokens out", "cost"):
         table.add_column(name, justify="right" if name else "left")
-    with Ledger.open(path) as ledger:
-        for by in ("run", "teacher"):
-            for row in ledger.sums(by):
-                cost = dollars(row.micro_usd) + (f" + {row.unpriced} unpriced" if row.unpriced else "")
-                table.add_row(
-                    f"{by} {row.name}",
-                    f"{row.settled:,}",
-                    str(row.failed),
-                    str(row.lost),
-                    f"{row.tokens_in:,}",
-                    f"{row.tokens_out:,}",
-                    cost,
-                )
-    return table
+    for name, row in [*sums, ("total", _total(every))]:
+        cost = dollars(row.micro_usd) + (f" + {row.unpriced} unpriced" if row.unpriced else "")
+        counts = (row.settled, row.failed, row.lost, row.open, row.tokens_in, row.tokens_out)
+        table.add_row(name, *(f"{n:,}" for n in counts), cost, style="bold" if name == "total" else None)
+    return Group(table, *_lost(lost)) if lost else table
+
+
+def _total(sums: Sequence[Sum]) -> Sum:
+    from factory.ledger import Sum
+
+    numbers = [name for name in Sum.__dataclass_fields__ if name != "name"]
+    return Sum("total", *(sum(getattr(row, name) for row in sums) for name in numbers))
+
+
+def _lost(entries: Sequence[Entry]) -> list[RenderableType]:
+    unpriced = sum(entry.reserved_micro_usd is None for entry in entries)
+    most = dollars(sum(entry.reserved_micro_usd or 0 for entry in entries)) + (f" (and {unpriced} of unknown price)" if unpriced else "")
+    answers = "1 answer" if len(entries) == 1 else f"{len(entries):,} answers"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("entry", "run", "stage", "teacher", "asked at", "at most", "why"):
+        table.add_column(name, justify="right" if name in ("entry", "at most") else "left", overflow="fold")
+    for entry in entries[-LOST_SHOWN:]:
+        price = dollars(entry.reserved_micro_usd)
+        table.add_row(str(entry.id), entry.run, entry.stage, entry.teacher, entry.opened_at[:19], price, Text(entry.error or ""))
+    parts: list[RenderableType] = [Text(f"\nup to {most} may have been paid for {answers} that never came:"), table]
+    if len(entries) > LOST_SHOWN:
+        parts.append(Text(f"and {len(entries) - LOST_SHOWN:,} before them; `gristmill ledger export` writes them all"))
+    return parts

@@ -1,37 +1,76 @@
-"""What a teacher is to the gateway: a frozen description in the recipe, and a connection while a run lasts."""
+"""What a teacher is to the gateway: a frozen description in the recipe, and connections while a run lasts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from schemas.call import Call, Params, Reply
+from schemas.call import Call, Params, Reading, Reply
 
 
 class Price(BaseModel):
-    """What a teacher costs, in US dollars a million tokens (which is micro-dollars a token)."""
+    """What a teacher costs, in US dollars a million tokens (which is micro-dollars a token).
+
+    Tokens that are read from or written to the server's prompt cache cost as much as other input where nothing else is said.
+    `batch` is what a batch costs, as a share of that.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     input_usd_per_mtok: float = Field(ge=0)
     output_usd_per_mtok: float = Field(ge=0)
+    cached_input_usd_per_mtok: float | None = Field(None, ge=0)
+    cache_write_usd_per_mtok: float | None = Field(None, ge=0)
+    batch: float = Field(0.5, ge=0, le=1)
+
+
+class Limits(BaseModel):
+    """What a teacher's account may use a minute, where its server does not say so in its headers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0)
+
+
+class Heard(NamedTuple):
+    """A reply, and what its headers say of the rate limits."""
+
+    reply: Reply
+    readings: tuple[Reading, ...] = ()
 
 
 class Connection(Protocol):
     """An open way to a model's server. Raises `factory.errors.TeacherFault`, and nothing else, when a request fails."""
 
-    async def ask(self, call: Call, params: Params) -> Reply:
+    async def ask(self, call: Call, params: Params) -> Heard:
         """Ask once; no retries of its own (the gateway must see every refusal). `params` is the call's, the teacher's filled in."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """One way to a teacher: one of its servers, asked with one of its keys.
+
+    `name` tells it from the teacher's others in messages; `account` is what a server's rate limits hold for (server, model and
+    key), so that two teachers of one account share one pace. `connect` opens it, given a folder for log files.
+    """
+
+    name: str
+    account: str
+    connect: Callable[[Path], AbstractAsyncContextManager[Connection]]
 
 
 class Teacher(BaseModel):
     """One line under `teachers:` in a recipe; `kind` is its entry point's name.
 
-    `params` are defaults that a stage's own override. `concurrency` is how many requests may be in flight. `licence` is what
-    the manifest says of the terms that its output is under.
+    `params` are defaults that a stage's own override. `concurrency` is how many requests may be in flight at each port.
+    `limits` are its rate limits where its server tells none; `fallback` names the teacher that is asked while this one is down.
+    `licence` is what the manifest says of the terms that its output is under.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +81,9 @@ class Teacher(BaseModel):
     params: Params = Params()
     concurrency: int = Field(8, ge=1)
     timeout_s: float = Field(120, gt=0)
-    retries: int = Field(5, ge=0)
+    retries: int = Field(12, ge=0)
+    limits: Limits = Limits()
+    fallback: str | None = None
     price: Price | None = None
     licence: str | None = None
 
@@ -50,9 +91,13 @@ class Teacher(BaseModel):
         """(provider, model): the part of a call's key that says who answers."""
         return self.kind, self.model
 
-    def known_price(self) -> Price | None:
-        """The recipe's price, or the one the teacher knows of; None: unknown, which is not zero."""
-        return self.price
+    def known_price(self, tokens_in: int | None = None) -> Price | None:
+        """The recipe's price, or the published one for a question of so many tokens (of any length); None: unknown, which is not zero."""
+        if self.price is not None:
+            return self.price
+        from factory.prices import find_price
+
+        return find_price(*self.identity(), tokens_in)
 
     def check(self) -> str | None:
         """What stands in the way of asking (a missing key, model or package) with what to do about it; None: nothing. No network."""
@@ -61,3 +106,7 @@ class Teacher(BaseModel):
     def connect(self, home: Path) -> AbstractAsyncContextManager[Connection]:
         """Open a connection; starts (and at the end stops) a server where the teacher owns one. `home`: for its log files."""
         raise NotImplementedError
+
+    def ports(self) -> Sequence[Port]:
+        """The ways to this teacher, over which the gateway spreads the load; one, unless it has several servers or keys."""
+        return (Port(self.model, f"{self.kind}/{self.model}", self.connect),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,7 +15,8 @@ KEY_VERSION = "c1"
 class Params(BaseModel):
     """How a model samples its answer; unset ones are not sent, so the server's default holds.
 
-    `logprobs` asks how likely the model found its own words; the reply then holds their mean.
+    `logprobs` asks how likely the model found its own words; the reply then holds their mean. `top_logprobs` asks for the
+    likeliest so many tokens at each position as well, from which a student can learn the teacher's whole distribution.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,6 +26,7 @@ class Params(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=1, le=20)
     extra: dict[str, Any] = Field(default_factory=dict, description="passed to the server as they are")
 
 
@@ -64,7 +66,10 @@ Finish = Literal["stop", "length", "refused", "other"]
 class Reply(BaseModel):
     """What a teacher's server said: text, tokens, and why it stopped ("length" means that it was cut).
 
-    `logprob` is the mean natural log-probability of its tokens, where that was asked for and the server tells it.
+    `reasoning` is what the model thought before it answered, where the server tells it; it is no part of `text`, and its
+    tokens are among `tokens_out`. Of `tokens_in`, `tokens_cached` were read from the server's prompt cache and
+    `tokens_to_cache` written to it, which have prices of their own. `logprob` is the mean natural log-probability of the
+    answer's tokens, and `top_logprobs` the likeliest at each position, packed by `schemas.logprobs`; both where asked for and told.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,12 +79,29 @@ class Reply(BaseModel):
     tokens_in: int
     tokens_out: int
     logprob: float | None = None
+    reasoning: str | None = None
+    tokens_cached: int = 0
+    tokens_to_cache: int = 0
+    top_logprobs: str | None = None
+
+
+class Reading(NamedTuple):
+    """What a server's headers say of one of its rate limits: so many of `limit` are left, and it is full again in `reset_s` seconds.
+
+    `of` is what it limits: requests, or tokens (of both directions, of questions, of answers).
+    """
+
+    of: Literal["requests", "tokens", "tokens_in", "tokens_out"]
+    limit: int
+    remaining: int
+    reset_s: float | None = None
 
 
 class Answer(BaseModel):
     """What comes back from the gateway for one call: a reply, or the reason why there is none.
 
     `fresh` is false when the ledger answered. `micro_usd` is what this answer cost when it was bought; None: price unknown.
+    `teacher` is who answered: another than the call's where that one was down and names a fallback.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -90,3 +112,4 @@ class Answer(BaseModel):
     error: str | None = None
     fresh: bool = True
     micro_usd: int | None = 0
+    teacher: str = ""

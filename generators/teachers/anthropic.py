@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from factory.errors import TeacherFault
-from factory.teacher import Connection, Teacher
-from generators.teachers.http import Server, address, missing_key, open_server, read_key, server_name
+from factory.teacher import Connection, Heard, Port, Teacher
+from generators.teachers.http import Server, addresses, each, missing_keys, open_server, ports_of, read_key, server_name
+from generators.teachers.openai import counted
+from generators.teachers.strict import as_object, from_object
 from schemas.call import Call, Finish, Params, Reply
 
 ANTHROPIC_URL = "https://api.anthropic.com"
@@ -23,43 +25,58 @@ FINISH: dict[str | None, Finish] = {
     "stop_sequence": "stop",
     "tool_use": "stop",
     "max_tokens": "length",
+    "model_context_window_exceeded": "length",
     "refusal": "refused",
 }
+COUNTS = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 NOT_EXTRA = frozenset({"model", "messages", "system", "max_tokens", "stream", "tools", "tool_choice"})
 
 
 class Anthropic(Teacher):
-    """A model behind `base_url`, asked by chat only. Keys and `provider` as for the kind `openai`."""
+    """A model behind `base_url`, asked by chat only. Servers, keys and `provider` as for the kind `openai`."""
 
     kind: ClassVar[str] = "anthropic"
 
-    base_url: str = ANTHROPIC_URL
-    api_key_env: str | None = None
+    base_url: str | tuple[str, ...] = ANTHROPIC_URL
+    api_key_env: str | tuple[str, ...] | None = None
     provider: str | None = None
 
-    @field_validator("base_url")
-    @classmethod
-    def _address(cls, value: str) -> str:
-        return address(value).removesuffix("/v1")
+    _addresses = field_validator("base_url")(addresses)
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if len(self.servers) > 1 and not self.provider:
+            raise ValueError("several servers in base_url need one name for all, since they answer alike: set provider")
+        return self
 
     @property
-    def key_env(self) -> str | None:
-        """The environment variable that holds the key; None: no key is sent."""
-        return self.api_key_env or ("ANTHROPIC_API_KEY" if self.base_url == ANTHROPIC_URL else None)
+    def servers(self) -> tuple[str, ...]:
+        return tuple(url.removesuffix("/v1") for url in each(self.base_url))
+
+    @property
+    def key_envs(self) -> tuple[str, ...]:
+        """The environment variables that hold the keys; none: no key is sent."""
+        return each(self.api_key_env) or (("ANTHROPIC_API_KEY",) if self.servers == (ANTHROPIC_URL,) else ())
 
     def identity(self) -> tuple[str, str]:
         """The model, and who serves it; another server's address stands for it until `provider` names it (as for `openai`)."""
-        return self.provider or ("anthropic" if self.base_url == ANTHROPIC_URL else server_name(self.base_url)), self.model
+        return self.provider or ("anthropic" if self.servers == (ANTHROPIC_URL,) else server_name(self.servers[0])), self.model
 
     def check(self) -> str | None:
-        return missing_key(self.key_env)
+        return missing_keys(self.key_envs)
+
+    def ports(self) -> tuple[Port, ...]:
+        return ports_of(self.servers, self.key_envs, self.model, self._open)
+
+    def connect(self, home: Path) -> AbstractAsyncContextManager[Connection]:
+        return self.ports()[0].connect(home)
 
     @asynccontextmanager
-    async def connect(self, home: Path) -> AsyncIterator[Connection]:
+    async def _open(self, url: str, key_env: str | None, home: Path) -> AsyncIterator[Connection]:
         headers = {"anthropic-version": VERSION}
-        if self.key_env:
-            headers["x-api-key"] = read_key(self.key_env)
-        async with open_server(self.base_url, self, headers) as server:
+        if key_env:
+            headers["x-api-key"] = read_key(key_env)
+        async with open_server(url, self, headers) as server:
             yield AnthropicConnection(server, self.model)
 
 
@@ -70,55 +87,54 @@ class AnthropicConnection:
     server: Server
     model: str
 
-    async def ask(self, call: Call, params: Params) -> Reply:
+    async def ask(self, call: Call, params: Params) -> Heard:
         if call.prompt is not None:
             raise TeacherFault("never", "this teacher takes messages, not a raw prompt: use a chat template for it")
         if any(m.role == "tool" for m in call.messages):
             raise TeacherFault("never", "this teacher takes no messages of the role 'tool'")
         if clash := NOT_EXTRA & params.extra.keys():
             raise TeacherFault("never", f"params.extra may not set {', '.join(sorted(clash))}")
-        turns = [m.model_dump() for m in call.messages if m.role != "system"]
-        body: dict[str, Any] = {"model": self.model, "max_tokens": params.max_tokens, "messages": turns}
-        body |= params.model_dump(include={"temperature", "top_p"}, exclude_none=True)
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": params.max_tokens,
+            "messages": [{"role": m.role, "content": m.content} for m in call.messages if m.role != "system"],
+        }
+        if params.temperature is not None:
+            body["temperature"] = params.temperature
+        if params.top_p is not None:
+            body["top_p"] = params.top_p
         if system := "\n\n".join(m.content for m in call.messages if m.role == "system"):
             body["system"] = system
         if params.stop:
-            body["stop_sequences"] = list(params.stop)
+            body["stop_sequences"] = params.stop
         if call.json_schema:
-            body["tools"] = [{"name": "answer", "description": "Give the answer.", "input_schema": _tool_schema(call.json_schema)}]
+            body["tools"] = [{"name": "answer", "description": "Give the answer.", "input_schema": as_object(call.json_schema)}]
             body["tool_choice"] = {"type": "tool", "name": "answer"}
-        answer = await self.server.post("/v1/messages", body | params.extra)
+        answer, readings = await self.server.post("/v1/messages", body | params.extra)
         try:
-            return _reply(answer, call)
+            return Heard(_reply(answer, call), readings)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise TeacherFault("again", f"an answer of another shape than Anthropic's: {str(answer)[:200]}") from error
-
-
-def _is_object(schema: dict[str, Any]) -> bool:
-    return schema.get("type") == "object"
-
-
-def _tool_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """A tool's input is an object; anything else (a list, a number) is put into one and taken out again."""
-    if _is_object(schema):
-        return schema
-    inner = {name: value for name, value in schema.items() if name != "$defs"}  # references to $defs start at the root
-    return {"type": "object", "properties": {"answer": inner}, "required": ["answer"], "$defs": schema.get("$defs", {})}
+            message = f"an answer of another shape than Anthropic's: {str(answer)[:200]}"
+            raise TeacherFault("again", message, paid=True, readings=readings) from error
 
 
 def _reply(answer: dict[str, Any], call: Call) -> Reply:
     blocks = answer["content"]
     used = next((b["input"] for b in blocks if b["type"] == "tool_use"), None)
     if used is not None and call.json_schema:
-        used = used if _is_object(call.json_schema) else used.get("answer")
-        text = json.dumps(used, ensure_ascii=False)
+        text = json.dumps(from_object(used, call.json_schema), ensure_ascii=False)
     else:
         text = "".join(b["text"] for b in blocks if b["type"] == "text")
-    usage = answer["usage"]
-    read = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+    usage = answer.get("usage") or {}
+    asked, cached, to_cache = (counted(usage, name) for name in COUNTS)
+    # As for `openai`: what a server does not count is charged by its bytes.
+    tokens_out = counted(usage, "output_tokens")
     return Reply(
         text=text,
         finish=FINISH.get(answer.get("stop_reason"), "other"),
-        tokens_in=sum(usage.get(name) or 0 for name in read),
-        tokens_out=usage["output_tokens"],
+        tokens_in=sum(len(m.content.encode()) for m in call.messages) if asked is None else asked + (cached or 0) + (to_cache or 0),
+        tokens_out=len(text.encode()) if tokens_out is None else tokens_out,
+        tokens_cached=cached or 0,
+        tokens_to_cache=to_cache or 0,
+        reasoning="\n".join(b["thinking"] for b in blocks if b["type"] == "thinking") or None,
     )

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from factory.errors import TeacherFault
-from factory.teacher import Connection, Price, Teacher
+from factory.teacher import Connection, Heard, Price, Teacher
 from schemas.call import Call, Finish, Params, Reply
 from schemas.canonical import content_hash
 
@@ -45,7 +45,7 @@ class Fake(Teacher):
         """Its name and all that decides what it says."""
         return "fake", f"{self.model}@{content_hash('', [self.mode, self.answers])[:16]}"
 
-    def known_price(self) -> Price:
+    def known_price(self, tokens_in: int | None = None) -> Price:
         return self.price or Price(input_usd_per_mtok=0, output_usd_per_mtok=0)
 
     @asynccontextmanager
@@ -59,7 +59,7 @@ class FakeConnection:
 
     teacher: Fake
 
-    async def ask(self, call: Call, params: Params) -> Reply:
+    async def ask(self, call: Call, params: Params) -> Heard:
         await asyncio.sleep(self.teacher.latency_ms / 1000)
         chance = random.Random(call.model_copy(update={"params": params}).key(*self.teacher.identity()))
         if chance.random() < self.teacher.fail_rate:
@@ -73,7 +73,7 @@ class FakeConnection:
         if len(words) > params.max_tokens:
             text, finish = _cut(text, params.max_tokens), "length"
         asked = sum(len(m.content.split()) for m in call.messages) + len((call.prompt or "").split())
-        return Reply(text=text, finish=finish, tokens_in=asked, tokens_out=min(len(words), params.max_tokens))
+        return Heard(Reply(text=text, finish=finish, tokens_in=asked, tokens_out=min(len(words), params.max_tokens)))
 
     def _answer(self, call: Call, prompt: str, chance: random.Random) -> str:
         if self.teacher.answers:

@@ -16,16 +16,21 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from factory.errors import MissingExtra, TeacherDown, TeacherFault
-from factory.teacher import Connection, Price, Teacher
+from factory.teacher import Connection, Heard, Price, Teacher
 from generators.teachers.http import open_server
 from generators.teachers.models import DEFAULT_MODEL, PACKAGED, find_model, missing_model, weights_hash
 from generators.teachers.openai import OpenAIConnection
-from schemas.call import Call, Params, Reply
+from schemas.call import KEY_VERSION, Call, Params
 
 
 class Local(Teacher):
     """`model`: a known name, a path to a .gguf, or a hub name "org/repo:file.gguf". `concurrency` is the number of slots,
     `context` the tokens that each has for question and answer. It costs nothing but time.
+
+    A call is sampled with a seed made of all that it asks, so a run can be repeated: the same calls in the same order have the
+    same answers. They are not promised in another order, nor with several at once: what the cache holds of earlier prompts, and
+    what is computed beside a call, changes the last bits of its probabilities, and now and then a word. With `concurrency: 1` and
+    `params: {extra: {cache_prompt: false}}` an answer hangs on its question alone, at the price of speed.
     """
 
     kind: ClassVar[str] = "local"
@@ -50,7 +55,7 @@ class Local(Teacher):
         stat = path.stat()
         return "local", f"{path.stem}@{_hash(path, stat.st_size, stat.st_mtime_ns)}"
 
-    def known_price(self) -> Price:
+    def known_price(self, tokens_in: int | None = None) -> Price:
         return self.price or Price(input_usd_per_mtok=0, output_usd_per_mtok=0)
 
     def check(self) -> str | None:
@@ -99,13 +104,20 @@ class LocalConnection:
     process: asyncio.subprocess.Process
     log: Path
 
-    async def ask(self, call: Call, params: Params) -> Reply:
+    async def ask(self, call: Call, params: Params) -> Heard:
+        params = params.model_copy(update={"extra": {"seed": _seed(call, params), **params.extra}})
         try:
             return await self.inner.ask(call, params)
         except TeacherFault as fault:
             if self.process.returncode is not None:
                 raise TeacherFault("stop", f"the local server has died: {_last_words(self.log)} (all of it: {self.log})") from fault
             raise
+
+
+def _seed(call: Call, params: Params) -> int:
+    """31 bits of all that is asked: the same question is sampled alike, and another draw of it is not."""
+    asked = call.model_copy(update={"params": params}).key("", "")
+    return int(asked.removeprefix(KEY_VERSION)[:8], 16) >> 1
 
 
 def physical_cores() -> int:

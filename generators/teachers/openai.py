@@ -2,45 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import json
+import math
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import field_validator
+import orjson
+from pydantic import field_validator, model_validator
 
 from factory.errors import TeacherFault
-from factory.teacher import Connection, Teacher
-from generators.teachers.http import Server, address, missing_key, open_server, read_key, server_name
+from factory.teacher import Connection, Heard, Port, Teacher
+from generators.teachers.http import Server, addresses, each, missing_keys, open_server, ports_of, read_key, server_name
+from generators.teachers.strict import Schema, as_object, from_object, stated, strict, without_nulls
 from schemas.call import Call, Finish, Params, Reply
+from schemas.logprobs import pack
+from schemas.sample import Message
 
 OPENAI_URL = "https://api.openai.com/v1"
-FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length", "content_filter": "refused"}
+OWN_FORM = ("api.openai.com", ".openai.azure.com")  # servers of OpenAI's models, in any region
+FINISH: dict[str | None, Finish] = {"stop": "stop", "eos": "stop", "length": "length", "content_filter": "refused"}
 # What `extra` may not set: the ledger priced and keyed the call by what stands elsewhere, and one answer is read.
 NOT_EXTRA = frozenset({"model", "messages", "prompt", "max_tokens", "max_completion_tokens", "n", "best_of", "stream"})
+THINKING = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
+
+Structured = Literal["schema", "strict", "object", "prompt"]
 
 
 class OpenAI(Teacher):
-    """A model behind `base_url`. The key is read from the environment, and sent to another server than OpenAI's only if
-    `api_key_env` is set. `provider` names who answers; a server of the same name and model may move without being asked anew.
+    """A model behind `base_url`, which may be a list of servers. Keys are read from the environment (`api_key_env` may be a list of
+    variables), and sent to another server than OpenAI's only if `api_key_env` is set. Each server is asked with each key.
+
+    `provider` names who answers; a server of the same name and model may move without being asked anew. `structured` is how it
+    is made to keep to a JSON schema: "schema" where the server knows schemas, "object" where it only knows that JSON is wanted
+    (the schema then stands in the question), "prompt" where it knows neither.
     """
 
     kind: ClassVar[str] = "openai"
 
-    base_url: str = OPENAI_URL
-    api_key_env: str | None = None
+    base_url: str | tuple[str, ...] = OPENAI_URL
+    api_key_env: str | tuple[str, ...] | None = None
     provider: str | None = None
+    structured: Literal["schema", "object", "prompt"] = "schema"
 
-    @field_validator("base_url")
-    @classmethod
-    def _address(cls, value: str) -> str:
-        return address(value)
+    _addresses = field_validator("base_url")(addresses)
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if len(self.servers) > 1 and not self.provider:
+            raise ValueError("several servers in base_url need one name for all, since they answer alike: set provider")
+        return self
 
     @property
-    def key_env(self) -> str | None:
-        """The environment variable that holds the key; None: no key is sent."""
-        return self.api_key_env or ("OPENAI_API_KEY" if self.base_url == OPENAI_URL else None)
+    def servers(self) -> tuple[str, ...]:
+        return each(self.base_url)
+
+    @property
+    def key_envs(self) -> tuple[str, ...]:
+        """The environment variables that hold the keys; none: no key is sent."""
+        return each(self.api_key_env) or (("OPENAI_API_KEY",) if self.servers == (OPENAI_URL,) else ())
 
     def identity(self) -> tuple[str, str]:
         """The model, and who serves it.
@@ -48,18 +74,24 @@ class OpenAI(Teacher):
         Two servers may serve different weights under one name, and an answer of the wrong model is worse than one that is
         asked twice: so another server's address stands for it until the recipe gives it a name by `provider`.
         """
-        return self.provider or ("openai" if self.base_url == OPENAI_URL else server_name(self.base_url)), self.model
+        return self.provider or ("openai" if self.servers == (OPENAI_URL,) else server_name(self.servers[0])), self.model
 
     def check(self) -> str | None:
-        return missing_key(self.key_env)
+        return missing_keys(self.key_envs)
+
+    def ports(self) -> tuple[Port, ...]:
+        return ports_of(self.servers, self.key_envs, self.model, self._open)
+
+    def connect(self, home: Path) -> AbstractAsyncContextManager[Connection]:
+        return self.ports()[0].connect(home)
 
     @asynccontextmanager
-    async def connect(self, home: Path) -> AsyncIterator[Connection]:
-        headers = {}
-        if self.key_env:
-            headers["Authorization"] = f"Bearer {read_key(self.key_env)}"
-        async with open_server(self.base_url, self, headers) as server:
-            yield OpenAIConnection(server, self.model, "max_completion_tokens" if self.base_url == OPENAI_URL else "max_tokens")
+    async def _open(self, url: str, key_env: str | None, home: Path) -> AsyncIterator[Connection]:
+        headers = {"Authorization": f"Bearer {read_key(key_env)}"} if key_env else {}
+        own = (urlsplit(url).hostname or "").endswith(OWN_FORM)
+        structured: Structured = "strict" if own and self.structured == "schema" else self.structured
+        async with open_server(url, self, headers) as server:
+            yield OpenAIConnection(server, self.model, "max_completion_tokens" if own else "max_tokens", structured)
 
 
 @dataclass(frozen=True)
@@ -67,63 +99,162 @@ class OpenAIConnection:
     """Asks over the OpenAI protocol: /chat/completions for messages, /completions for a raw prompt.
 
     `limit` is what the server calls the most tokens of a chat answer; OpenAI's newer models know only max_completion_tokens.
+    `structured` is the teacher's, or "strict" for a server that takes OpenAI's own form of a schema and no other.
     """
 
     server: Server
     model: str
     limit: str = "max_tokens"
+    structured: Structured = "schema"
 
-    async def ask(self, call: Call, params: Params) -> Reply:
-        if clash := NOT_EXTRA & params.extra.keys():
-            raise TeacherFault("never", f"params.extra may not set {', '.join(sorted(clash))}")
-        raw = call.prompt is not None
-        body: dict[str, Any] = {"model": self.model, "max_tokens" if raw else self.limit: params.max_tokens}
-        body |= {"prompt": call.prompt} if raw else {"messages": [m.model_dump() for m in call.messages]}
-        body |= params.model_dump(include={"temperature", "top_p"}, exclude_none=True)
-        if params.stop:
-            body["stop"] = list(params.stop)
-        if params.logprobs:
-            body["logprobs"] = 1 if raw else True
-        if call.json_schema:
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": True, "schema": call.json_schema},
-            }
-            if raw:  # llama.cpp knows it by this name only where there is no chat
-                body["json_schema"] = call.json_schema
-        answer = await self.server.post("/completions" if raw else "/chat/completions", body | params.extra)
+    async def ask(self, call: Call, params: Params) -> Heard:
+        body = question(call, params, self.model, self.limit, self.structured)
+        answer, readings = await self.server.post("/chat/completions" if call.prompt is None else "/completions", body)
         try:
-            return _reply(answer, call)
+            return Heard(reply_of(answer, call, params, self.structured), readings)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise TeacherFault("again", f"an answer of another shape than OpenAI's: {str(answer)[:200]}") from error
+            message = f"an answer of another shape than OpenAI's: {str(answer)[:200]}"
+            raise TeacherFault("again", message, paid=True, readings=readings) from error
 
 
-def _reply(answer: dict[str, Any], call: Call) -> Reply:
+def question(call: Call, params: Params, model: str, limit: str, structured: Structured) -> dict[str, Any]:
+    """The body of a request. Written by hand, since pydantic's model_dump takes longer than all the rest of a request's head."""
+    extra = params.extra
+    if extra and (clash := NOT_EXTRA & extra.keys()):
+        raise TeacherFault("never", f"params.extra may not set {', '.join(sorted(clash))}")
+    raw, schema = call.prompt is not None, call.json_schema
+    tell = schema if schema and structured in ("object", "prompt") else None
+    body: dict[str, Any] = {"model": model}
+    if call.prompt is not None:
+        body["prompt"] = f"{_stated(tell, structured)}\n\n{call.prompt}" if tell else call.prompt
+        body["max_tokens"] = params.max_tokens
+    else:
+        body["messages"] = [{"role": m.role, "content": m.content} for m in (_told(call, tell, structured) if tell else call.messages)]
+        body[limit] = params.max_tokens
+    if params.temperature is not None:
+        body["temperature"] = params.temperature
+    if params.top_p is not None:
+        body["top_p"] = params.top_p
+    if params.stop:
+        body["stop"] = params.stop
+    if params.logprobs or params.top_logprobs:
+        body["logprobs"] = (params.top_logprobs or 1) if raw else True
+        if params.top_logprobs and not raw:
+            body["top_logprobs"] = params.top_logprobs
+    if schema and structured != "prompt":
+        body["response_format"] = _response_format(schema, structured)
+        if raw and structured == "schema":  # llama.cpp knows it by this name only where there is no chat
+            body["json_schema"] = schema
+    return body | extra if extra else body
+
+
+def reply_of(answer: Mapping[str, Any], call: Call, params: Params, structured: Structured = "schema") -> Reply:
+    """What a server's answer says. Raises KeyError, IndexError, TypeError, AttributeError or ValueError where it is another's."""
     choice = answer["choices"][0]
-    message = choice.get("message") or {}
-    finish = FINISH.get(choice.get("finish_reason"), "other")
+    finish, reasoning = FINISH.get(choice.get("finish_reason"), "other"), None
     if call.prompt is not None:
         text = choice["text"]
-    elif message.get("refusal"):
-        text, finish = message["refusal"], "refused"
     else:
+        message = choice["message"]
         text = message["content"] or ""
+        reasoning = message.get("reasoning_content") or message.get("reasoning")  # DeepSeek and SGLang; vLLM and OpenRouter
+        if message.get("refusal"):
+            text, finish = message["refusal"], "refused"
+        elif thought := THINKING.match(text):  # one that is not closed was cut before there was an answer
+            text, reasoning = text[thought.end() :], reasoning or thought[1].strip()
+    if call.json_schema and structured in ("strict", "object"):
+        text = _as_asked(text, call.json_schema)
     usage = answer.get("usage") or {}
     # A server that does not count is charged the most that it can have been: a token is at least a byte.
-    asked = sum(len(m.content.encode()) for m in call.messages) + len((call.prompt or "").encode())
+    tokens_in = counted(usage, "prompt_tokens")
+    tokens_out = counted(usage, "completion_tokens")
+    if tokens_in is None:
+        tokens_in = sum(len(m.content.encode()) for m in call.messages) + len((call.prompt or "").encode())
+    if tokens_out is None:
+        tokens_out = len(text.encode()) + len((reasoning or "").encode())
+    elif total := counted(usage, "total_tokens"):  # xAI counts reasoning, which it bills, only there
+        tokens_out = max(tokens_out, total - tokens_in)
+    details = usage.get("prompt_tokens_details") or {}
+    told = choice.get("logprobs") if params.logprobs or params.top_logprobs else None
     return Reply(
         text=text,
         finish=finish,
-        tokens_in=usage.get("prompt_tokens", asked),
-        tokens_out=usage.get("completion_tokens", len(text.encode())),
-        logprob=_mean_logprob(choice.get("logprobs")) if call.params.logprobs else None,
+        tokens_in=tokens_in,
+        tokens_out=tokens_out,
+        tokens_cached=counted(details, "cached_tokens") or counted(usage, "prompt_cache_hit_tokens") or 0,  # the latter: DeepSeek
+        tokens_to_cache=counted(details, "cache_write_tokens") or 0,
+        reasoning=reasoning or None,
+        logprob=_mean_logprob(told) if told else None,
+        top_logprobs=pack(_positions(told)) if told and params.top_logprobs else None,
     )
 
 
-def _mean_logprob(told: dict[str, Any] | None) -> float | None:
+def counted(usage: Mapping[str, Any], name: str) -> int | None:
+    """A number of tokens that a server told; None: it did not."""
+    value = usage.get(name)
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _told(call: Call, schema: Schema, structured: Structured) -> list[Message]:
+    """The messages, with the schema stated in the last one of the user."""
+    messages = list(call.messages)
+    place = max((n for n, m in enumerate(messages) if m.role == "user"), default=len(messages) - 1)
+    last = messages[place]
+    messages[place] = Message(role=last.role, content=f"{last.content}\n\n{_stated(schema, structured)}")
+    return messages
+
+
+def _stated(schema: Schema, structured: Structured) -> str:
+    return stated(as_object(schema) if structured == "object" else schema)
+
+
+def _response_format(schema: Schema, structured: Structured) -> dict[str, Any]:
+    if structured != "schema":
+        try:
+            made = _strict_of(orjson.dumps(schema))
+        except KeyError as error:
+            raise TeacherFault("never", f"the JSON schema refers to {error}, which it does not hold") from error
+        if structured == "object":
+            return {"type": "json_object"}
+        schema = made
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+
+
+@lru_cache(64)  # all calls of a stage bring the same one
+def _strict_of(schema: bytes) -> Schema:
+    return strict(orjson.loads(schema))
+
+
+def _as_asked(text: str, schema: Schema) -> str:
+    """The answer to the schema as it was asked for, from one to the schema as it was sent; as it is where it is not even JSON."""
+    try:
+        value = orjson.loads(text)
+    except ValueError:
+        return text
+    wanted = without_nulls(from_object(value, schema), schema)
+    return text if wanted == value else json.dumps(wanted, ensure_ascii=False)
+
+
+def _mean_logprob(told: Mapping[str, Any]) -> float | None:
     """The mean over the answer's tokens, from a chat's list of tokens or a completion's list of numbers; None: none were told."""
-    if not told:
-        return None
     each = [token["logprob"] for token in told["content"]] if told.get("content") else told.get("token_logprobs") or []
-    numbers = [float(number) for number in each if number is not None]
+    numbers = [float(number) for number in each if number is not None and math.isfinite(number)]
     return sum(numbers) / len(numbers) if numbers else None
+
+
+def _positions(told: Mapping[str, Any]) -> list[tuple[str, float, list[tuple[str, float]]]]:
+    """Each token of the answer with the likeliest there, in the form of a chat or (OpenAI, vLLM) of a completion."""
+    if content := told.get("content"):
+        return [
+            (token["token"], _number(token["logprob"]), [(a["token"], _number(a["logprob"])) for a in token.get("top_logprobs") or ()])
+            for token in content
+        ]
+    others = told.get("top_logprobs") or repeat({})
+    return [
+        (token, _number(logprob), [(text, _number(number)) for text, number in (found or {}).items()])
+        for token, logprob, found in zip(told.get("tokens") or (), told.get("token_logprobs") or (), others, strict=False)
+    ]
+
+
+def _number(logprob: float | None) -> float:
+    return float("-inf") if logprob is None else float(logprob)  # JSON has no infinities, so servers write null

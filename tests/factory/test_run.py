@@ -19,7 +19,7 @@ from factory.records import RunFolder
 from factory.run import run
 from factory.stage import Context, Filter, Generator, RecipeFile, Stage
 from factory.store import verdicts_from, write_json
-from factory.teacher import Connection, Price, Teacher
+from factory.teacher import Connection, Heard, Price, Teacher
 from schemas.call import Call, Params, Reply
 from schemas.recipe import Target
 from schemas.sample import Failure, Sample
@@ -34,7 +34,7 @@ class Scripted(Teacher):
     kind = "scripted"
     model: str = "scripted"
 
-    def known_price(self) -> Price | None:
+    def known_price(self, tokens_in: int | None = None) -> Price | None:
         return self.price or Price(input_usd_per_mtok=0, output_usd_per_mtok=0)
 
     @asynccontextmanager
@@ -43,9 +43,9 @@ class Scripted(Teacher):
 
 
 class _Script:
-    async def ask(self, call: Call, params: Params) -> Reply:
+    async def ask(self, call: Call, params: Params) -> Heard:
         ASKED.append(f"{call.prompt}/{call.draw}")
-        return Reply(text=f"{call.prompt} {call.draw}", finish="stop", tokens_in=2, tokens_out=2)
+        return Heard(Reply(text=f"{call.prompt} {call.draw}", finish="stop", tokens_in=2, tokens_out=2))
 
 
 class Source(Generator):
@@ -255,7 +255,7 @@ def test_a_stage_whose_calls_mostly_fail_stops_the_run_early(tmp_path: Path) -> 
         @asynccontextmanager
         async def connect(self, home: Path) -> AsyncIterator[Connection]:
             class No:
-                async def ask(self, call: Call, params: Params) -> Reply:
+                async def ask(self, call: Call, params: Params) -> Heard:
                     raise TeacherFault("never", "content refused")
 
             yield No()

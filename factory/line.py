@@ -1,0 +1,244 @@
+"""The line to one teacher: whose turn it is, at which of its ports, and what follows when a port fails.
+
+Everything here runs in the gateway's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from factory.errors import TeacherFault
+from factory.pace import Pace, Sent
+from factory.teacher import Connection, Heard, Port, Teacher
+from schemas.call import Call, Params
+
+CIRCUIT_AFTER = 8  # faults in a row, or twice as many as there are requests in flight if that is more, that open a port's circuit
+PROBE_S, PROBE_CAP_S = 0.5, 30.0  # the pause before the first probe of an open circuit, and the longest
+PATIENCE_S, PATIENCE_NEW_S = 120.0, 5.0  # how long a port may be down: one that has answered, one that never has
+BUSY_PATIENCE_S = 900.0  # how long a port may refuse everything for its rate limits, before that is told to a person
+
+
+class Away(Exception):
+    """No port of a teacher can be asked now: it is down for good (`lasting`), or a fallback had better be asked meanwhile."""
+
+    def __init__(self, fault: TeacherFault, *, lasting: bool) -> None:
+        super().__init__(str(fault))
+        self.fault, self.lasting = fault, lasting
+
+
+class Dropped(Exception):
+    """A call that is not sent (any more), because its ask has stopped."""
+
+
+@dataclass(eq=False)
+class Way:
+    """A port at work: its connection once there is one, the pace of its account, and its circuit."""
+
+    port: Port
+    pace: Pace
+    connection: Connection | None = None
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    answered: bool = False
+    faults: int = 0  # in a row
+    down_since: float | None = None  # the circuit is open since then
+    probe_at: float = 0.0
+    probing: bool = False
+    probes_failed: int = 0
+    refused_since: float | None = None
+    dead: TeacherFault | None = None
+
+    def wait_s(self, tokens: int, now: float) -> float:
+        """Seconds until a request of so many tokens may be sent here; inf: not before something else happens."""
+        if self.dead or self.probing:
+            return float("inf")
+        wait_s: float = self.pace.wait_s(tokens, now)
+        return wait_s if self.down_since is None else max(wait_s, self.probe_at - now)
+
+    def well(self) -> None:
+        """An answer came: the circuit closes."""
+        self.answered, self.refused_since = True, None
+        self._close_circuit()
+
+    def busy(self, fault: TeacherFault, now: float) -> None:
+        """It answers, if only to say that there are too many requests; after a long time of nothing else it is given up."""
+        if self.down_since is not None:
+            self._close_circuit()
+        self.probing = False
+        self.refused_since = now if self.refused_since is None else self.refused_since
+        if max(now - self.refused_since, fault.retry_after_s or 0) > BUSY_PATIENCE_S:
+            self.dead = fault
+
+    def ill(self, fault: TeacherFault, now: float) -> None:
+        """A fault of the kind "again" or "stop": count it, open the circuit, or give the port up."""
+        self.faults += 1
+        if fault.kind == "stop":
+            self.dead = fault
+        elif self.down_since is not None:
+            if self.probing:
+                self.probes_failed += 1
+                self._pause(now)
+            if now - self.down_since > (PATIENCE_S if self.answered else PATIENCE_NEW_S):
+                self.dead = fault
+        elif self.faults >= max(CIRCUIT_AFTER, 2 * self.pace.in_flight):
+            self.down_since = now
+            self._pause(now)
+        self.probing = False
+
+    def _close_circuit(self) -> None:
+        self.faults, self.down_since, self.probing, self.probes_failed = 0, None, False, 0
+
+    def _pause(self, now: float) -> None:
+        # Jitter, so that many processes do not come back at the same moment.
+        self.probe_at = now + min(PROBE_S * 2**self.probes_failed, PROBE_CAP_S) * random.uniform(0.5, 1)
+
+
+class Turn(NamedTuple):
+    """Leave to send one request: where, and the mark of it that the pace keeps."""
+
+    way: Way
+    sent: Sent
+    began: float
+    probe: bool
+
+
+class Line:
+    """The ways to one teacher, and those who wait for a turn: every asker is served in turn, each in its own order.
+
+    `paces` are kept by account, so that two teachers of one account share one; `freed` is called when a pace has room again.
+    """
+
+    def __init__(self, name: str, teacher: Teacher, paces: dict[str, Pace], freed: Callable[[Pace], None]) -> None:
+        self.name, self.teacher = name, teacher
+        self.ways = [Way(port, paces.setdefault(port.account, Pace(teacher.limits, teacher.concurrency))) for port in teacher.ports()]
+        self._freed = freed
+        self._waiting: OrderedDict[Hashable, deque[tuple[int, asyncio.Future[Turn]]]] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._last_fault: TeacherFault | None = None
+
+    @property
+    def slots(self) -> int:
+        """The most requests that may be in flight."""
+        return self.teacher.concurrency * len(self.ways)
+
+    async def turn(self, asker: Hashable, tokens: int, *, first: bool = False) -> Turn:
+        """Wait for leave to send a request of so many tokens; `first`: it was refused before, and is served before the asker's others.
+
+        Raises Away, and Dropped once the asker is dropped.
+        """
+        if away := self._away(self._loop.time()):
+            raise away
+        future: asyncio.Future[Turn] = self._loop.create_future()
+        queue = self._waiting.setdefault(asker, deque())
+        (queue.appendleft if first else queue.append)((tokens, future))
+        self.pump()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.ended(future.result(), None)  # it was given and will not be used
+            raise
+
+    def drop(self, asker: Hashable) -> None:
+        """Give nothing more to this asker."""
+        for _, future in self._waiting.pop(asker, ()):
+            if not future.done():
+                future.set_exception(Dropped())
+
+    def pump(self) -> None:
+        """Give turns for as long as there are both a way and somebody who waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiting:
+            now = self._loop.time()
+            asker, queue = next(iter(self._waiting.items()))
+            while queue and queue[0][1].done():
+                queue.popleft()  # cancelled
+            if not queue:
+                del self._waiting[asker]
+                continue
+            if away := self._away(now):
+                self._turn_away(away)
+                return
+            tokens, future = queue[0]
+            wait_s, _, way = min(((way.wait_s(tokens, now), way.pace.in_flight, way) for way in self.ways), key=lambda each: each[:2])
+            if wait_s > 0:
+                if wait_s != float("inf"):
+                    self._timer = self._loop.call_later(wait_s, self.pump)
+                return
+            queue.popleft()
+            self._waiting.move_to_end(asker)
+            way.probing = probe = way.down_since is not None
+            future.set_result(Turn(way, way.pace.send(tokens, now), now, probe))
+
+    async def ask(self, turn: Turn, sent: Call, params: Params, home: Path, connections: AsyncExitStack) -> Heard:
+        """Ask at the way of this turn, and tell its pace and its circuit how it went. Raises TeacherFault."""
+        try:
+            connection = turn.way.connection or await self._connect(turn.way, home, connections)
+            heard = await connection.ask(sent, params)
+        except TeacherFault as fault:
+            self.ended(turn, fault)
+            raise
+        except BaseException:
+            self.ended(turn, None)
+            raise
+        self.ended(turn, heard)
+        return heard
+
+    def ended(self, turn: Turn, how: Heard | TeacherFault | None) -> None:
+        """A turn is over: it brought an answer, a fault, or (None) nothing that says anything of the server."""
+        way, now = turn.way, self._loop.time()
+        if isinstance(how, Heard):
+            way.pace.heard(turn.sent, now, how.readings, tokens=how.reply.tokens_in + how.reply.tokens_out)
+            way.well()
+        elif how is None:
+            way.pace.failed(turn.sent, now)
+            way.probing = False
+        elif how.kind == "later":
+            way.pace.refused(turn.sent, now, how.readings, how.retry_after_s)
+            way.busy(how, now)
+        elif how.kind == "never":
+            way.pace.failed(turn.sent, now)
+            way.well()
+        else:
+            way.pace.failed(turn.sent, now)
+            way.ill(how, now)
+            self._last_fault = how
+        self._freed(way.pace)
+
+    async def _connect(self, way: Way, home: Path, connections: AsyncExitStack) -> Connection:
+        async with way.opening:
+            if way.connection is None:
+                way.connection = await connections.enter_async_context(way.port.connect(home))
+            return way.connection
+
+    def _away(self, now: float) -> Away | None:
+        """Why nobody can be asked now; None: somebody can, or may be soon."""
+        if all(way.dead for way in self.ways):
+            fault = self.ways[-1].dead
+            assert fault is not None
+            return Away(fault, lasting=True)
+        if self.teacher.fallback and self._last_fault and all(way.dead or way.probes_failed for way in self.ways):
+            probe_due = any(not way.dead and not way.probing and way.probe_at <= now for way in self.ways)
+            return None if probe_due else Away(self._last_fault, lasting=False)
+        return None
+
+    def _turn_away(self, away: Away) -> None:
+        for queue in self._waiting.values():
+            for _, future in queue:
+                if not future.done():
+                    future.set_exception(Away(away.fault, lasting=away.lasting))
+        self._waiting.clear()
+
+
+def describe(ways: Sequence[Way]) -> str:
+    """How fast a teacher is asked and why, in a few words."""
+    return "; ".join(way.pace.describe() if len(ways) == 1 else f"{way.port.name}: {way.pace.describe()}" for way in ways)

@@ -1,0 +1,439 @@
+"""Asks a few of the first round's questions, so that a plan rests on answers; the run finds them in the ledger.
+
+What is asked goes through the real gateway under the run's own name, and what comes is parsed and filtered as in a round.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from factory import rounds
+from factory.embed import Embedder, open_embedder
+from factory.errors import RunError
+from factory.forecast import Answered, Had, Novelty
+from factory.gateway import Gateway, filled
+from factory.ledger import Ledger, open_ledger
+from factory.recipe import Recipe, StageLine
+from factory.stage import Filter, Generator, Need, Vectors
+from factory.store import SAMPLES, samples_frame, unwritable
+from schemas.call import Answer, Call
+from schemas.sample import Sample
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class First:
+    """The first round of a recipe, before anything is asked: its seeds, its needs and its questions."""
+
+    recipe: Recipe
+    seeds: pl.DataFrame  # that a teacher may see
+    holdout: int
+    unreadable: int
+    quota: Mapping[str, int]
+    needs: tuple[Need, ...]
+
+    def context(self, line: StageLine) -> Still:
+        """What a stage sees in this round, but for the asking."""
+        return Still(self.recipe, line.folder, self.seeds, self.needs)
+
+    @cached_property
+    def questions(self) -> list[Put]:
+        """Every question that the generators have, in their order."""
+        asked = [
+            (line, call)
+            for line in self.recipe.stages
+            if isinstance(line.stage, Generator) and not line.stage.once
+            for call in line.stage.questions(self.seeds, self.context(line))
+        ]
+        texts = [words_of(call) for _, call in asked]
+        places = _places(texts, self.seeds, self.quota)
+        return [
+            Put(line, call, self.key(call), len(text.encode()), place)
+            for (line, call), text, place in zip(asked, texts, places, strict=True)
+        ]
+
+    @cached_property
+    def _identities(self) -> dict[str, tuple[str, str]]:
+        return {name: teacher.identity() for name, teacher in self.recipe.teachers.items()}
+
+    def key(self, call: Call) -> str:
+        """The ledger's key of a call."""
+        return filled(call, self.recipe.teachers[call.teacher]).key(*self._identities[call.teacher])
+
+
+@dataclass(frozen=True)
+class Put:
+    """A question of the first round; `place` is the index of the place that it is put for, None where that can't be told."""
+
+    line: StageLine
+    call: Call
+    key: str
+    size: int
+    place: int | None
+
+
+@dataclass
+class Judged:
+    """What a row of filters, of which only the first may ask, did to the probe's samples, by place."""
+
+    stage: str
+    streams: bool
+    passed: Counts
+    failed: Counts
+    came: int = 0
+    answers: list[tuple[str, Answered]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe found. `answers` are by (stage, teacher); `paid` and `known` count what it bought and what the ledger had."""
+
+    asked: frozenset[str]
+    answers: Mapping[tuple[str, str], Sequence[Answered]]
+    sieves: Sequence[Judged]
+    had: Had
+    repeats: Novelty
+    copies: Novelty | None
+    copies_at: int | None
+    samples: int
+    filter_s: float
+    calls: int
+    known: int
+    micro_usd: int | None
+
+
+def first_round(recipe: Recipe) -> First:
+    """Read the seeds and say what the first round aims at."""
+    read = [
+        item
+        for line in recipe.stages
+        if isinstance(line.stage, Generator) and line.stage.once
+        for item in line.stage.generate(SAMPLES.to_frame(), Still(recipe, line.folder))
+    ]
+    first: dict[str, Sample] = {}
+    for item in read:
+        if isinstance(item, Sample):
+            first.setdefault(item.id, item)  # of two alike the first, as in a run: the questions must be the same
+    everything = samples_frame(first.values())
+    seeds = everything.filter(~pl.col("holdout"))
+    if seeds.is_empty():
+        raise RunError("the seeds stage gives no seed that a teacher may see")
+    quota = rounds.quotas(recipe.target, seeds)
+    needs = rounds.needs(quota, {}, {}, oversample=recipe.target.oversample)
+    return First(recipe, seeds, everything.height - seeds.height, len(read) - len(first), quota, needs)
+
+
+def words_of(call: Call) -> str:
+    """All that a call says."""
+    return "\n".join([*(message.content for message in call.messages), call.prompt or ""])
+
+
+def choose(questions: Sequence[Put], n: int, seed: int) -> list[Put]:
+    """`n` of the questions by a seeded draw that takes of every generator, teacher and place about its share."""
+    rng = random.Random(f"{seed}/probe")
+    strata: dict[tuple[Any, ...], list[Put]] = defaultdict(list)
+    for question in questions:
+        strata[question.line.folder, question.call.teacher, question.place].append(question)
+    wanted: Counter[tuple[int, Any]] = Counter()
+    for stratum, members in strata.items():
+        rng.shuffle(members)
+        wanted.update({(axis, value): len(members) for axis, value in enumerate(stratum)})
+    taken: Counter[tuple[int, Any]] = Counter()
+    chosen: list[Put] = []
+    while strata and len(chosen) < n:
+        # The stratum whose generator, teacher and place together are furthest behind their shares.
+        def ahead(stratum: tuple[Any, ...]) -> float:
+            return sum((taken[axis, value] + 1) / wanted[axis, value] for axis, value in enumerate(stratum))
+
+        least = min(map(ahead, strata))
+        stratum = rng.choice([each for each in strata if ahead(each) <= least * (1 + 1e-9)])
+        chosen.append(strata[stratum].pop())
+        taken.update(enumerate(stratum))
+        if not strata[stratum]:
+            del strata[stratum]
+    return chosen
+
+
+def probe(first: First, home: Path, n: int) -> Probed:
+    """Ask `n` of the first round's questions, and what filters ask about their answers. What the ledger knows is not asked again.
+
+    Raises what a run would: TeacherDown, BudgetSpent, and RunError where no call of a stage is answered.
+    """
+    folder = first.recipe.run_folder(home)
+    budget = first.recipe.target.budget_usd
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(home, error) from error
+    with ExitStack() as stack:
+        ledger = stack.enter_context(open_ledger(home))
+        gateway = stack.enter_context(
+            Gateway(
+                first.recipe.teachers,
+                ledger,
+                home=home,
+                run=folder.name,
+                budget_micro_usd=None if budget is None else int(budget * 1_000_000),
+            )
+        )
+        return _Probe(first, gateway, ledger, folder.name, choose(first.questions, n, first.recipe.seed)).work()
+
+
+class _Probe:
+    """One probe at work."""
+
+    def __init__(self, first: First, gateway: Gateway, ledger: Ledger, run: str, chosen: Sequence[Put]) -> None:
+        self.first, self.gateway, self.ledger, self.run = first, gateway, ledger, run
+        self.chosen = {question.key: question for question in chosen}
+        self.places = list(first.quota)
+        self.answers: dict[str, list[Answer]] = defaultdict(list)  # by stage
+        self.embedder: Embedder | None = None
+        self.loading_s = 0.0
+        self._seen: set[str] = set(first.seeds["id"])
+        self._came: list[Counter[str]] = [Counter() for _ in self.places]  # how often each item came
+        self._distinct = self._zeros()
+        self._place_of: dict[str, int] = {}  # of a sample
+        self._compared: dict[str, str] = {}  # all rows that are compared with each other, and of which row each is a copy (itself: of none)
+        self._comparing: Judged | None = None
+        self._read: Counter[str | None] = Counter()  # items by call
+        self._place_read: dict[str | None, int] = {}
+        self._filter_s = 0.0
+
+    def work(self) -> Probed:
+        """Run the stages of a round on what is chosen."""
+        flow = SAMPLES.to_frame()
+        made = 0
+        sieves: list[Judged] = []
+        copies_at: int | None = None
+        streams = False
+        for line in self.first.recipe.stages:
+            if isinstance(line.stage, Generator):
+                if not line.stage.once:
+                    new = self._generate(line, line.stage)
+                    flow, made, streams = pl.concat([flow, new]), made + new.height, True
+                continue
+            assert isinstance(line.stage, Filter)
+            streams &= line.stage.scope == "sample"
+            asks = any(True for _ in line.stage.questions(self.first.seeds, self.first.context(line)))
+            if asks or not sieves:
+                sieves.append(Judged(line.folder, streams, self._zeros(), self._zeros()))
+            if line.stage.scope == "dataset" and copies_at is None:
+                copies_at = len(sieves) - 1
+            flow = self._judge(line, line.stage, flow, sieves[-1], asks=asks, first=asks or sieves[-1].came == 0)
+        return self._found(flow, sieves, made, copies_at)
+
+    def _generate(self, line: StageLine, stage: Generator) -> pl.DataFrame:
+        made: dict[str, Sample] = {}
+        for item in stage.generate(self.first.seeds, _Asking(self, line, only=self.chosen)):
+            if isinstance(item, Sample):
+                call, place = item.provenance.call, self._place(item.label)
+                if place is not None:
+                    self._read[call] += 1
+                    self._place_read[call] = self._place_of[item.id] = place
+                    self._came[place][item.id] += 1
+                    self._distinct[place] += item.id not in self._seen
+                if item.id not in self._seen:
+                    made[item.id] = item
+                    self._seen.add(item.id)
+        self._must_answer(line)
+        return samples_frame(made.values())
+
+    def _judge(self, line: StageLine, stage: Filter, flow: pl.DataFrame, sieve: Judged, *, asks: bool, first: bool) -> pl.DataFrame:
+        ctx = _Asking(self, line)
+
+        def judged(rows: pl.DataFrame) -> pl.DataFrame:
+            asked = pl.concat([ctx.kept, rows]) if stage.scope == "pool" else rows
+            return stage.judge(asked, ctx).join(rows.select("id"), left_on="sample", right_on="id", how="semi")
+
+        if first:
+            sieve.came = flow.height
+            sieve.passed += self._counts(flow)
+        if flow.is_empty():
+            return flow
+        began, loaded = time.perf_counter(), self.loading_s
+        verdicts = judged(flow)
+        if not asks:
+            self._filter_s += time.perf_counter() - began - (self.loading_s - loaded)
+        self._must_answer(line)
+        lost = flow.join(verdicts.filter(~pl.col("keep")), left_on="id", right_on="sample", how="semi", maintain_order="left")
+        kept = flow.join(lost, on="id", how="anti", maintain_order="left")
+        alone = lost  # what it rejects even when it stands alone; the rest is too like other rows of the probe
+        if stage.scope != "sample" and not asks and lost.height:
+            alone = pl.concat([row for row in lost.iter_slices(1) if not judged(row)["keep"].all()] or [lost.clear()])
+        sieve.passed -= self._counts(alone)
+        sieve.failed += self._counts(alone)
+        if stage.scope == "dataset":
+            self._comparing = self._comparing or sieve
+            copies = _twins(verdicts.filter(~pl.col("keep") & ~pl.col("sample").is_in(alone["id"].implode())))
+            self._compared |= {row: copies.get(row, row) for row in flow["id"] if row in self._place_of}
+        if sieve is self._comparing:
+            failed = set(alone["id"])
+            self._compared = {row: of for row, of in self._compared.items() if row not in failed}
+        for answer in self.answers[line.folder]:
+            sieve.answers.append((answer.call.teacher, self._answered(answer)))
+        return kept
+
+    def _found(self, good: pl.DataFrame, sieves: Sequence[Judged], made: int, copies_at: int | None) -> Probed:
+        compared: list[Counter[str]] = [Counter() for _ in self.places]
+        for sample, of in self._compared.items():
+            compared[self._place_of[sample]][of] += 1
+        answers: dict[tuple[str, str], list[Answered]] = defaultdict(list)
+        bill: dict[tuple[str, str], NDArray[np.float64]] = {}
+        asked = [answer for stage in self.answers.values() for answer in stage]
+        for stage, given in self.answers.items():
+            for answer in given:
+                key = stage, answer.call.teacher
+                had = self._answered(answer)
+                if answer.key in self.chosen:
+                    answers[key].append(had)
+                ours = answer.fresh or self._is_ours(answer.key)
+                paid = had.micro_usd if had.micro_usd is not None else np.nan
+                row = [1, had.tokens_in, had.tokens_out, paid if ours else 0.0, had.seconds if ours else 0.0]
+                bill[key] = bill.get(key, np.zeros(5)) + np.array(row)
+        fresh = [answer.micro_usd for answer in asked if answer.fresh]
+        return Probed(
+            asked=frozenset(self.chosen),
+            answers=answers,
+            sieves=sieves,
+            had=Had(
+                items=np.array([came.total() for came in self._came]),
+                distinct=self._distinct,
+                compared=np.array([came.total() for came in compared]),
+                good=self._counts(good),
+                bill=bill,
+            ),
+            repeats=Novelty([tuple(came.values()) for came in self._came]),
+            copies=Novelty([tuple(came.values()) for came in compared]) if copies_at is not None else None,
+            copies_at=copies_at,
+            samples=made,
+            filter_s=self._filter_s / max(made, 1),
+            calls=len(fresh),
+            known=len(asked) - len(fresh),
+            micro_usd=None if None in fresh else sum(cost or 0 for cost in fresh),
+        )
+
+    def _answered(self, answer: Answer) -> Answered:
+        record = self.ledger.get(answer.key)
+        seconds = [entry.seconds for entry in record.entries if entry.seconds is not None] if record else []
+        question = self.chosen.get(answer.key)
+        place = self._place_read.get(answer.key) if question is None or question.place is None else question.place
+        return Answered(
+            place=place,
+            size=question.size if question else len(words_of(answer.call).encode()),
+            tokens_in=answer.reply.tokens_in if answer.reply else 0,
+            tokens_out=answer.reply.tokens_out if answer.reply else 0,
+            micro_usd=answer.micro_usd if answer.reply else 0,
+            seconds=seconds[-1] if seconds else 0.0,
+            items=self._read[answer.key],
+        )
+
+    def _is_ours(self, key: str) -> bool:
+        """Whether this recipe's run has bought the answer, so that it is on its bill."""
+        record = self.ledger.get(key)
+        return record is not None and any(entry.run == self.run and entry.state == "settled" for entry in record.entries)
+
+    def _must_answer(self, line: StageLine) -> None:
+        answers = self.answers[line.folder]
+        if answers and all(answer.reply is None for answer in answers):
+            raise RunError(
+                f"none of {len(answers)} calls was answered, last: {answers[-1].error}",
+                where=f"stage {line.folder}",
+                next="Mend the cause and run the same command.",
+            )
+
+    def _place(self, label: str | None) -> int | None:
+        if rounds.ANYWHERE in self.first.quota:
+            return 0
+        return self.places.index(label) if label is not None and label in self.first.quota else None
+
+    def _counts(self, frame: pl.DataFrame) -> Counts:
+        return np.array(list(rounds.counts(frame, self.first.quota).values()), dtype=np.int64)
+
+    def _zeros(self) -> Counts:
+        return np.zeros(len(self.places), dtype=np.int64)
+
+
+def _places(texts: Sequence[str], seeds: pl.DataFrame, quota: Mapping[str, int]) -> list[int | None]:
+    """The place that each question is put for: that of the seeds which it shows."""
+    if rounds.ANYWHERE in quota:
+        return [0] * len(texts)
+    index = {place: i for i, place in enumerate(quota)}
+    shown: dict[str, int] = {}
+    for text, label in seeds.select("input", "label").iter_rows():
+        if label in index and text:
+            shown[text] = shown[json.dumps(text, ensure_ascii=False)[1:-1]] = index[label]
+    patterns = list(shown)
+    found = pl.Series(texts, dtype=pl.String).str.extract_many(patterns, overlapping=True)
+    places: list[int | None] = []
+    for matches in found:
+        weight: Counter[int] = Counter()
+        for match in matches:
+            weight[shown[match]] += len(match)
+        places.append(weight.most_common(1)[0][0] if weight else None)
+    return places
+
+
+def _twins(copies: pl.DataFrame) -> dict[str, str]:
+    """The row that each of these is a copy of; where a filter does not name it, one that stands for it alone."""
+    found: dict[str, str] = {}
+    for sample, detail in copies.select("sample", "detail").iter_rows():
+        twin = json.loads(detail or "{}").get("twin")
+        found[sample] = found.get(twin, twin) if isinstance(twin, str) else f"twin of {sample}"
+    return found
+
+
+class Still:
+    """`factory.stage.Context` in which nothing can be asked."""
+
+    def __init__(self, recipe: Recipe, stage: str, seeds: pl.DataFrame | None = None, needs: Sequence[Need] = ()) -> None:
+        self.stage, self.round, self.needs = stage, 1 if needs else 0, needs
+        self.rng = random.Random(f"{recipe.seed}/{stage}/{self.round}")
+        self.seeds = self.kept = SAMPLES.to_frame() if seeds is None else seeds
+        self.teachers = tuple(recipe.teachers)
+
+    def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
+        raise RuntimeError(f"stage {self.stage} asked during a plan")
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        raise RuntimeError(f"stage {self.stage} embedded during a plan")
+
+    def report(self, name: str, value: Any) -> None:
+        pass
+
+    def progress(self, done: int, total: int | None = None) -> None:
+        pass
+
+
+class _Asking(Still):
+    """The first round's context, which lets through the questions with the keys in `only`; to the others no answer ever comes."""
+
+    def __init__(self, probe: _Probe, line: StageLine, only: Iterable[str] | None = None) -> None:
+        super().__init__(probe.first.recipe, line.folder, probe.first.seeds, probe.first.needs)
+        self._probe, self._only = probe, only
+
+    def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
+        let_through = (call for call in calls if self._only is None or self._probe.first.key(call) in self._only)
+        for answer in self._probe.gateway.ask(let_through, stage=self.stage, round=self.round):
+            self._probe.answers[self.stage].append(answer)
+            yield answer
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        if self._probe.embedder is None:
+            began = time.perf_counter()
+            self._probe.embedder = open_embedder(self._probe.first.recipe.embedder)
+            self._probe.loading_s = time.perf_counter() - began
+        return self._probe.embedder.embed(texts)
