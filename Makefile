@@ -5,7 +5,7 @@ MODEL := smollm2-135m-instruct
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install check test test-embed demo bench release clean
+.PHONY: install check test test-embed test-vllm postgres demo bench bench-peers release clean
 
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt Makefile
@@ -21,13 +21,23 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 
-test: install model
+test: install model postgres
 	$(BIN)/python -m pytest
+
+# The server for the tests of a ledger in PostgreSQL; without the right to install it they are skipped, and say so.
+postgres:
+	@if ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null 2>&1; then :; else \
+		echo "installing Debian's postgresql for the tests" && apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; fi
 
 # The embedder by sentence-transformers, which brings torch: apart from the rest, as it weighs more than all of it.
 test-embed: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch sentence-transformers
 	$(BIN)/python -m pytest tests/factory/test_embed.py
+
+# The vllm teacher against a real vLLM on the CPU, in an environment of its own (3.5 GB, made once).
+test-vllm: install model
+	PYTHON=$(PYTHON) tests/vllm_environment.sh .vllm
+	GRISTMILL_VLLM_PYTHON=$(CURDIR)/.vllm/bin/python $(BIN)/python -m pytest -m vllm tests/generators/test_vllm.py
 
 # The embedded teacher: 98 MB, fetched once, kept in the user's cache.
 .PHONY: model
@@ -40,10 +50,17 @@ demo: install model
 	$(BIN)/gristmill release examples/bank-intents
 	$(BIN)/python bench/probe.py --seeds examples/bank-intents/seeds.jsonl --version mill/datasets/bank-intents --dev bench/data/banking77_dev.jsonl
 
-# Minutes to half an hour; writes bench/results/*.json.
+# Half an hour; writes bench/results/*.json.
 bench: install model
 	$(BIN)/python bench/startup.py --json bench/results/startup.json
+	$(BIN)/python bench/gateway.py --json bench/results/gateway.json
+	$(BIN)/python bench/crash.py --json bench/results/crash.json
+	$(BIN)/python bench/plan.py --json bench/results/plan.json
 	$(BIN)/python bench/demo.py --seeds 0 1 --json bench/results/demo.json
+
+# The gateway beside other engines, each in an environment of its own (2 GB); goes on where it stopped.
+bench-peers: install
+	$(BIN)/python bench/gateway.py --peers --resume --json bench/results/gateway.json
 
 # A wheel and an sdist, checked.
 release: check test

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 MOOD = os.environ.get("STUB", "")
-WORKER = subprocess.Popen(["sleep", "600"])  # as vLLM has processes of its own
+WORKER = subprocess.Popen(["sleep", "60"])  # as vLLM has processes of its own
 
 
 class Stub(BaseHTTPRequestHandler):
