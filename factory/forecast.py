@@ -180,7 +180,7 @@ class Novelty:
 
     _OFTEN = np.array([0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     _FEW = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
-    _MANY = np.logspace(1, 6, 21)
+    _MANY = np.logspace(2, 6, 17)
 
     def __init__(self, seen: Sequence[Sequence[int]]) -> None:
         self.often, self.few, self.many = (grid.ravel() for grid in np.meshgrid(self._OFTEN, self._FEW, self._MANY))

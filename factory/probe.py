@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -143,14 +143,23 @@ def words_of(call: Call) -> str:
 
 
 def choose(questions: Sequence[Put], n: int, seed: int) -> list[Put]:
-    """`n` of the questions by a seeded draw that takes of every generator, teacher and place about its share."""
+    """`n` of the questions, by a seeded draw that takes of every generator, teacher and place about its share.
+
+    Inside of one of these the first are taken, each prompt once before any twice: their order is already random, and what a
+    generator varies in turn (axes, wordings) is then balanced as well.
+    """
     rng = random.Random(f"{seed}/probe")
-    strata: dict[tuple[Any, ...], list[Put]] = defaultdict(list)
+    strata: dict[tuple[Any, ...], deque[Put]] = defaultdict(deque)
+    drawn: Counter[tuple[str, str]] = Counter()
+    again = []
     for question in questions:
+        text = question.line.folder, words_of(question.call)
+        drawn[text] += 1
+        again.append(drawn[text])
+    for _, question in sorted(zip(again, questions, strict=True), key=lambda pair: pair[0]):
         strata[question.line.folder, question.call.teacher, question.place].append(question)
     wanted: Counter[tuple[int, Any]] = Counter()
     for stratum, members in strata.items():
-        rng.shuffle(members)
         wanted.update({(axis, value): len(members) for axis, value in enumerate(stratum)})
     taken: Counter[tuple[int, Any]] = Counter()
     chosen: list[Put] = []
@@ -161,7 +170,7 @@ def choose(questions: Sequence[Put], n: int, seed: int) -> list[Put]:
 
         least = min(map(ahead, strata))
         stratum = rng.choice([each for each in strata if ahead(each) <= least * (1 + 1e-9)])
-        chosen.append(strata[stratum].pop())
+        chosen.append(strata[stratum].popleft())
         taken.update(enumerate(stratum))
         if not strata[stratum]:
             del strata[stratum]

@@ -50,6 +50,11 @@ class Stub(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        pass  # a client that has gone is nothing to tell
+
+
 if __name__ == "__main__":
     if MOOD == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -59,4 +64,4 @@ if __name__ == "__main__":
         sys.exit("stub_server.py: error: unrecognized arguments: --no-such-thing")
     print("ready", flush=True)
     port = int(sys.argv[sys.argv.index("--port") + 1])
-    ThreadingHTTPServer(("127.0.0.1", port), Stub).serve_forever()
+    Server(("127.0.0.1", port), Stub).serve_forever()

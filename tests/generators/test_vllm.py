@@ -188,6 +188,21 @@ def test_a_server_that_does_not_start_stops_the_run_with_the_reason(settings: di
     assert alive(parent=os.getpid()) == before
 
 
+def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    async def run() -> int:
+        task = asyncio.create_task(stub("deaf").connect(tmp_path).__aenter__())
+        while not (logs := list(tmp_path.glob("logs/*.log"))) or logs[0].read_text() != "ready\n":
+            await asyncio.sleep(0.01)
+        [guard] = alive(parent=os.getpid())
+        [server] = alive(parent=guard)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return server
+
+    assert gone(asyncio.run(run()), within_s=5)
+
+
 def test_a_command_that_can_not_be_run_is_told(tmp_path: Path) -> None:
     (tmp_path / "command").write_text("no program")
     (tmp_path / "command").chmod(0o755)
