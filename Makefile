@@ -34,10 +34,10 @@ test-embed: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch sentence-transformers
 	$(BIN)/python -m pytest tests/factory/test_embed.py
 
-# The vllm teacher against a real vLLM on the CPU, in an environment of its own (3.5 GB, made once).
+# The vllm teacher against a real vLLM on the CPU, in an environment of its own (3.9 GB, made once).
 test-vllm: install model
 	PYTHON=$(PYTHON) tests/vllm_environment.sh .vllm
-	GRISTMILL_VLLM_PYTHON=$(CURDIR)/.vllm/bin/python $(BIN)/python -m pytest -m vllm tests/generators/test_vllm.py
+	GRISTMILL_VLLM_PYTHON=$(CURDIR)/.vllm/bin/python $(BIN)/python -m pytest -vv -s -m vllm tests/generators/test_vllm.py
 
 # The embedded teacher: 98 MB, fetched once, kept in the user's cache.
 .PHONY: model

@@ -51,24 +51,21 @@ PATIENCE_S = 60.0  # with a round in which nobody is killed any more
 
 
 class CountedLedger(Ledger):
-    """A ledger that tells how many calls are in flight in memory that outlives its process."""
+    """A ledger that tells how many calls are in flight, in memory that outlives its process."""
 
     tell: Callable[[int], None]
+    left: set[int]
 
     def sending(self, entry: int) -> None:
+        self.left.add(entry)  # first: it is in flight at the latest when that is noted
+        self.tell(len(self.left))
         super().sending(entry)
-        self.tell(len(self._in_flight))
 
     def settle(self, entry: int, reply: Reply, cost: int | None, seconds: float | None = None) -> asyncio.Future[Known]:
         future = super().settle(entry, reply, cost, seconds)
-        self.arrived.add(entry)
-        self.tell(len(self._in_flight - self.arrived))
+        self.left.discard(entry)
+        self.tell(len(self.left))
         return future
-
-    @property
-    def arrived(self) -> set[int]:
-        """Entries whose answer is in the spool; the ledger itself goes on until it is committed."""
-        return self.__dict__.setdefault("_arrived", set())
 
 
 @dataclass
@@ -120,6 +117,7 @@ def ask_all(asker: Asker, home: Path, url: str, run: str, questions: Sequence[st
     teacher = OpenAI(model="m", base_url=f"{url}/v1", provider="bench", concurrency=CONCURRENCY, price=price)  # type: ignore[arg-type]
     calls = [Call(teacher="t", prompt=question) for question in questions]
     with CountedLedger.open(home / LEDGER_FILE) as ledger, asker.rows.open("ab", buffering=0) as rows:
+        ledger.left = set()
         ledger.tell = lambda in_flight: asker.tell(asking=1, in_flight=in_flight)
         with Gateway({"t": teacher}, ledger, home=home, run=run, budget_micro_usd=None) as gateway:
             asker.tell(asking=1, in_flight=0)
