@@ -1,11 +1,12 @@
 """Whether a bill is what `plan --probe 20` said it would be: three recipes of different kinds, each probed, then really run.
 
-    python bench/plan.py [--seeds 0 1 2 3 4] [--probe 20] [--only texts] [--json out.json]
+    python bench/plan.py [--seeds 0 1 2 3 4] [--probe 20] [--only texts] [--teachers usual hard] [--json out.json]
 
 The teachers are a server of ours, which speaks OpenAI's protocol and has a teacher's faults: answers of uneven length, lists that
 are too short, prose in place of a list, favourites that come again and again, rows that are off the subject. How much of each
 depends on the label, the teacher and the seed. A question that is asked again is answered anew. Every seed is another teacher
-and another recipe; each has a home of its own, so that no ledger answers for another.
+and another recipe; each has a home of its own, so that no ledger answers for another. `hard` teachers err so often that the
+first round rarely suffices, and the bill hangs on what the later ones ask.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,26 @@ stages:
   - rules: {{min_words: 5, forbid: ['(?i)as an ai']}}
   - near: {{threshold: 0.8}}
 """
+
+
+# From and to which share of the items each fault is drawn.
+SHARES = {
+    "usual": {
+        "favourite": (0.02, 0.35),
+        "off": (0.0, 0.35),
+        "wrong": (0.1, 0.5),
+        "cheap": ((0.1, 0.4), (0.05, 0.3)),
+        "dear": ((0.0, 0.1), (0.0, 0.05)),
+    },
+    "hard": {
+        "favourite": (0.02, 0.4),
+        "off": (0.0, 0.45),
+        "wrong": (0.25, 0.75),
+        "cheap": ((0.2, 0.6), (0.1, 0.4)),
+        "dear": ((0.0, 0.3), (0.0, 0.2)),
+    },
+}
+Shares = dict[str, Any]
 
 
 class Mock:
@@ -164,7 +186,7 @@ def wanted(asked: str) -> int:
 # A bank's intents
 
 
-def intents(seed: int, folder: Path) -> Mock:
+def intents(seed: int, folder: Path, shares: Shares) -> Mock:
     """Real development rows of the label, two sentences of which make a message. Some labels are far better than others."""
     (folder / "seeds.jsonl").write_bytes(SEEDS.read_bytes())
     rows: dict[str, list[str]] = {}
@@ -172,7 +194,9 @@ def intents(seed: int, folder: Path) -> Mock:
         question, label = (turn["content"] for turn in json.loads(line)["messages"])
         rows.setdefault(label.replace("_", " "), []).append(question)
     rng = random.Random(f"{seed}/labels")
-    character = {label: (rng.uniform(0.02, 0.4), rng.uniform(0, 0.45), rng.uniform(0, 0.12), rng.uniform(0, 0.3)) for label in rows}
+    character = {
+        label: (rng.uniform(*shares["favourite"]), rng.uniform(*shares["off"]), rng.uniform(0, 0.12), rng.uniform(0, 0.3)) for label in rows
+    }
 
     def write(asked: str, rng: random.Random) -> str:
         label = next(found for found in re.findall(r"\(([^)]*)\):", asked) if found in rows)
@@ -233,13 +257,13 @@ def problem(rng: random.Random) -> tuple[str, str]:
     return " ".join([*told, f"How many {thing} are there now?"]), " ".join([*worked, f"The answer is {have}."])
 
 
-def pairs(seed: int, folder: Path) -> Mock:
+def pairs(seed: int, folder: Path, shares: Shares) -> Mock:
     """A writer that errs, by the setting, and a critic that is dear, wordy, and not always readable."""
     rng = random.Random(f"{seed}/pairs")
     made = [problem(rng) for _ in range(16)]
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in made]
     (folder / "seeds.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    wrong = {setting: rng.uniform(0.25, 0.75) for setting in ("school", "kitchen", "market", "journey", "garden")}
+    wrong = {setting: rng.uniform(*shares["wrong"]) for setting in ("school", "kitchen", "market", "journey", "garden")}
     prose, short, harsh = rng.uniform(0, 0.1), rng.uniform(0, 0.3), rng.uniform(0.02, 0.15)
 
     def write(asked: str, rng: random.Random) -> str:
@@ -271,7 +295,7 @@ VERDICTS = ("was far better than we hoped", "was cold", "was dirty", "made our w
 ASIDES = ("and nobody told us why", "though we asked twice", "so we will be back", "which our son loved", "after a long drive")
 
 
-def texts(seed: int, folder: Path) -> Mock:
+def texts(seed: int, folder: Path, shares: Shares) -> Mock:
     """A cheap teacher that hangs on its favourites and talks of itself, and a dear one that does so seldom."""
     rng = random.Random(f"{seed}/texts")
 
@@ -280,10 +304,8 @@ def texts(seed: int, folder: Path) -> Mock:
 
     (folder / "seeds.jsonl").write_text("\n".join(json.dumps({"text": review(rng)}) for _ in range(20)))
     favourites = [review(rng) for _ in range(6)]
-    faults = {
-        "cheap": (rng.uniform(0.2, 0.6), rng.uniform(0.1, 0.4), 0.1, 0.3),
-        "dear": (rng.uniform(0, 0.3), rng.uniform(0, 0.2), 0.02, 0.1),
-    }
+    often = {name: tuple(rng.uniform(*bounds) for bounds in shares[name]) for name in ("cheap", "dear")}
+    faults = {"cheap": (*often["cheap"], 0.1, 0.3), "dear": (*often["dear"], 0.02, 0.1)}
 
     def writer(name: str) -> Callable[[str, random.Random], str]:
         favourite, ai, prose, short = faults[name]
@@ -304,13 +326,13 @@ def texts(seed: int, folder: Path) -> Mock:
 RECIPES = {"intents": (INTENTS, intents), "pairs": (PAIRS, pairs), "texts": (TEXTS, texts)}
 
 
-def once(name: str, seed: int, n: int) -> dict[str, Any]:
-    """Probe and run one recipe with one seed; what was foreseen beside what came."""
+def once(name: str, kind: str, seed: int, n: int) -> dict[str, Any]:
+    """Probe and run one recipe with teachers of one kind and seed; what was foreseen beside what came."""
     text, make = RECIPES[name]
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / name
         task.mkdir()
-        with serving(make(seed, task)) as url:
+        with serving(make(seed, task, SHARES[kind])) as url:
             (task / "recipe.yaml").write_text(text.format(seed=seed, url=url))
             recipe, home = load_recipe(task), Path(folder) / "mill"
             blind = make_plan(recipe, home)
@@ -321,6 +343,7 @@ def once(name: str, seed: int, n: int) -> dict[str, Any]:
             calls = sum(entry.settled for entry in ledger.sums("run"))
     return {
         "recipe": name,
+        "teachers": kind,
         "seed": seed,
         "status": status["status"],
         "rounds": status["rounds"],
@@ -345,24 +368,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--probe", type=int, default=20)
     parser.add_argument("--only", choices=RECIPES, nargs="+", default=list(RECIPES))
+    parser.add_argument("--teachers", choices=SHARES, nargs="+", default=list(SHARES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    runs = []
-    for name in options.only:
+    runs, summary = [], {}
+    for kind, name in product(options.teachers, options.only):
+        these = []
         for seed in options.seeds:
-            runs.append(once(name, seed, options.probe))
-            usd, calls = runs[-1]["usd"], runs[-1]["calls"]
-            print(
-                f"{name:<8} seed {seed}: ${usd['middle']:.4f} ({usd['low']:.4f} to {usd['high']:.4f}), bill ${usd['came']:.4f} "
-                f"{usd['error']:+.1%} {'inside' if usd['inside'] else 'OUTSIDE'}; calls {calls['middle']:.0f} "
-                f"({calls['low']:.0f} to {calls['high']:.0f}), {calls['came']:.0f} made; {runs[-1]['rounds']} rounds, "
-                f"time {runs[-1]['seconds']['middle']:.1f} s, took {runs[-1]['seconds']['came']:.1f}",
-                flush=True,
-            )
-    summary = {name: summed([run for run in runs if run["recipe"] == name]) for name in options.only}
+            these.append(once(name, kind, seed, options.probe))
+            print(line(these[-1]), flush=True)
+        summary[f"{name}, {kind} teachers"] = summed(these)
+        runs += these
     print(json.dumps(summary, indent=1))
     if options.json:
         write_json(options.json, {"probe": options.probe, "summary": summary, "runs": runs})
+
+
+def line(run: dict[str, Any]) -> str:
+    """One run as a line."""
+    usd, calls, seconds = run["usd"], run["calls"], run["seconds"]
+    return (
+        f"{run['recipe']:<8}{run['teachers']:<6} seed {run['seed']}: ${usd['middle']:.4f} ({usd['low']:.4f} to {usd['high']:.4f}), "
+        f"bill ${usd['came']:.4f} {usd['error']:+.1%} {'inside' if usd['inside'] else 'OUTSIDE'}; "
+        f"calls {calls['middle']:.0f} ({calls['low']:.0f} to {calls['high']:.0f}), {calls['came']:.0f} made in {run['rounds']} rounds; "
+        f"{seconds['middle']:.1f} s ({seconds['low']:.1f} to {seconds['high']:.1f}), took {seconds['came']:.1f}"
+    )
 
 
 def summed(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -71,24 +71,15 @@ def export(home: Path, path: Path, *, form: Form | None = None, run: str | None 
 def verify(home: Path) -> Audit:
     """Check the database's own files, every call's key against its stored question, that what was settled has an answer that can
     be read, and that what counts against each budget is the sum of its entries. StoreError: there is no ledger to be opened."""
+    counts = dict.fromkeys(("calls", "entries", "runs"), 0)
     faults: list[str] = []
-    calls = entries = runs = 0
     with closing(_open(home)) as db:
-        try:
-            faults += (f"the database is broken: {said}" for said in db.check())
-            for page in _calls(db):
-                calls += len(page)
-                faults += (fault for row in page if (fault := _fault_of(*row)))
-            faults += (f"entry {id} is settled, but its call {key} has no answer" for id, key in db.execute(_UNANSWERED))
-            faults += (f"entry {id} is of a call that is not there: {key}" for id, key in db.execute(_UNKNOWN))
-            faults += (
-                f"run {run}: {int(counted):,} micro-dollars count against its budget, but its entries add up to {int(summed):,}"
-                for run, counted, summed in db.execute(_WRONG_SUMS)
-            )
-            [(entries, runs)] = db.execute("SELECT count(*), count(DISTINCT run) FROM entries")
-        except db.errors as error:
-            faults.append(db.fault(error).what)
-    return Audit(calls, entries, runs, tuple(faults))
+        for check in (_files, _questions, _entries, _sums):
+            try:
+                faults += check(db, counts)
+            except db.errors as error:  # the others may find more
+                faults.append(db.fault(error).what)
+    return Audit(**counts, faults=tuple(dict.fromkeys(faults)))
 
 
 def key_of(provider: str, model: str, draw: int, request: str) -> str:
@@ -98,16 +89,35 @@ def key_of(provider: str, model: str, draw: int, request: str) -> str:
     return content_hash(KEY_VERSION, [provider, model, messages, asked.get("prompt"), asked.get("json_schema"), asked["params"], draw])
 
 
-_UNANSWERED = (
-    "SELECT id, key FROM entries WHERE state = 'settled' AND EXISTS (SELECT 1 FROM calls WHERE calls.key = entries.key "
-    "AND calls.answer IS NULL) ORDER BY id"
-)
-_UNKNOWN = "SELECT id, key FROM entries WHERE NOT EXISTS (SELECT 1 FROM calls WHERE calls.key = entries.key) ORDER BY id"
-_WRONG_SUMS = (
-    "SELECT run, sum(counted), sum(summed) FROM ("
-    f"SELECT run, 0 AS counted, coalesce({COUNTED}, 0) AS summed FROM entries UNION ALL SELECT run, micro_usd, 0 FROM budgets"
-    ") AS either GROUP BY run HAVING sum(counted) <> sum(summed) ORDER BY run"
-)
+def _files(db: Database, counts: dict[str, int]) -> Iterator[str]:
+    for said in db.check():
+        yield f"the database is broken: {said}"
+
+
+def _questions(db: Database, counts: dict[str, int]) -> Iterator[str]:
+    for page in _calls(db):
+        counts["calls"] += len(page)
+        for row in page:
+            if fault := _fault_of(*row):
+                yield fault
+
+
+def _entries(db: Database, counts: dict[str, int]) -> Iterator[str]:
+    [(counts["entries"],)] = db.execute("SELECT count(*) FROM entries")
+    its_call = "SELECT 1 FROM calls WHERE calls.key = entries.key"
+    for id, key in db.execute(f"SELECT id, key FROM entries WHERE NOT EXISTS ({its_call}) ORDER BY id"):
+        yield f"entry {id} is of a call that is not there: {key}"
+    unanswered = f"SELECT id, key FROM entries WHERE state = 'settled' AND EXISTS ({its_call} AND answer IS NULL) ORDER BY id"
+    for id, key in db.execute(unanswered):
+        yield f"entry {id} is settled, but its call {key} has no answer"
+
+
+def _sums(db: Database, counts: dict[str, int]) -> Iterator[str]:
+    either = f"SELECT run, 0 AS counted, coalesce({COUNTED}, 0) AS summed FROM entries UNION ALL SELECT run, micro_usd, 0 FROM budgets"
+    for run, counted, summed in db.execute(f"SELECT run, sum(counted), sum(summed) FROM ({either}) AS either GROUP BY run ORDER BY run"):
+        counts["runs"] += 1
+        if counted != summed:
+            yield f"run {run}: {int(counted):,} micro-dollars count against its budget, but its entries add up to {int(summed):,}"
 
 
 def _open(home: Path) -> Database:

@@ -45,6 +45,7 @@ class World:
     seeds: pl.DataFrame
     kept: pl.DataFrame
     needs: tuple[Need, ...] = ()
+    worth: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -276,7 +277,7 @@ class _StageContext:
         self._stages = stages
         self.stage, self.round = line.folder, number
         self.rng = random.Random(f"{stages.recipe.seed}/{line.folder}/{number}")
-        self.seeds, self.kept, self.needs = world.seeds, world.kept, world.needs
+        self.seeds, self.kept, self.needs, self.worth = world.seeds, world.kept, world.needs, world.worth
         self.teachers = tuple(stages.recipe.teachers)
         self.tally = Tally()
         self._drains = isinstance(line.stage, Filter)
@@ -325,7 +326,7 @@ class _StageContext:
         tally.micro_usd += paid
         tally.tokens_in += answer.reply.tokens_in
         tally.tokens_out += answer.reply.tokens_out
-        tally.teachers.setdefault(answer.call.teacher, Counter()).update(
+        tally.teachers.setdefault(answer.teacher or answer.call.teacher, Counter()).update(
             calls=1,
             from_ledger=int(not answer.fresh),
             tokens_in=answer.reply.tokens_in,

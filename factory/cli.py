@@ -86,9 +86,12 @@ def plan(recipe: Path, probe: int | None) -> None:
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--retry-failed", is_flag=True, help="Ask calls again that finally failed (refused, too long, down); what came after them is done anew."
+)
 @click.option("--progress", "view", type=click.Choice(["auto", "live", "plain", "quiet"]), default="auto", show_default=True)
 @_told
-def run(recipe: Path, view: View) -> None:
+def run(recipe: Path, view: View, retry_failed: bool) -> None:
     """Run RECIPE to its target, or go on where it stopped.
 
     Exit status: 0 the target is met, 3 the run ended short of it and says why, 2 the recipe is faulty, 1 it had to stop.
@@ -97,7 +100,7 @@ def run(recipe: Path, view: View) -> None:
     from factory.run import run as turn
     from factory.show import outcome
 
-    folder = turn(load_recipe(recipe), home(), view=view)
+    folder = turn(load_recipe(recipe), home(), view=view, retry_failed=retry_failed)
     _print(outcome(folder))
     sys.exit(0 if folder.status["status"] == "done" else 3)
 

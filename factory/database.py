@@ -154,7 +154,10 @@ class SQLite:
         (self._owners / owner).unlink(missing_ok=True)
 
     def check(self) -> list[str]:
-        return [said for (said,) in self.execute("PRAGMA quick_check") if said != "ok"]
+        try:
+            return [said for (said,) in self.execute("PRAGMA quick_check") if said != "ok"]
+        except sqlite3.DatabaseError as error:  # too broken even for that
+            return [str(error)]
 
     def fault(self, error: Exception) -> StoreError:
         code = getattr(error, "sqlite_errorcode", 0)

@@ -25,7 +25,7 @@ INTERVAL = (0.05, 0.5, 0.95)
 ASSUMED_RATE = 0.5  # good rows a sample made, before any was made; what a first round goes by
 # What all places say together weighs, in what is believed of the answers of one, as much as this many answers of its own.
 SHARED_WEIGHT = 4.0
-ELSEWHERE = 0.3  # what a thing that came at another place weighs, to tell how soon things repeat at this one
+ELSEWHERE = 0.1  # what a thing that came at another place weighs, to tell how soon things repeat at this one
 
 
 class Span(NamedTuple):

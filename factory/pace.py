@@ -29,10 +29,8 @@ from factory.teacher import Limits
 from schemas.call import Reading
 
 RESERVE = 1.0  # stays in a told bucket: a server rounds, and a clock drifts
-MARGIN, MARGIN_EACH = (
-    0.002,
-    0.1,
-)  # of the refill, and of it shared by the capacity: a rate is told in rounded numbers, rounder in small buckets
+# Of the refill, and of it shared by the capacity: a rate is told in rounded numbers, rounder in small buckets.
+MARGIN, MARGIN_EACH = 0.002, 0.05
 COUNTED_S = 1.0  # after which a server has counted what was sent to it, whether its answer is there or not
 TURN_S = 1.0  # a window may turn so much later than its server said: some tell whole seconds
 MEMORY_S = 180.0  # how long a reading is compared with later ones to tell a bucket from a window
@@ -45,6 +43,9 @@ FEWEST_QUIET, MOST_QUIET = 8, 512  # answers without a refusal before one more i
 MOST_QUIET_COSTLY = 8192  # the same, where every refusal costs a pause
 WAVE = 32  # in flight: of fewer, two means of latencies tell nothing
 PAUSE_S, LONGEST_PAUSE_S = 0.1, 60.0  # before a probe, where the server does not say; longer with each probe that is refused
+
+
+MISTRUSTED_AFTER = 4  # round trips of nothing but refusals, after which headers alone are not followed any more
 
 
 class Belief(NamedTuple):
@@ -77,6 +78,7 @@ class Bucket:
 
     def __init__(self, of_tokens: bool, capacity: float, rate: float, level: float, now: float, *, told: bool = False) -> None:
         self.of_tokens, self.capacity, self.rate, self.level = of_tokens, capacity, rate, level
+        self.limit = capacity  # as the server tells it
         self.born = self._at = self._since = now
         self.reserve, self._margin = (RESERVE, MARGIN + MARGIN_EACH / max(capacity, 2)) if told else (0.0, 0.0)
         self.kind: Literal["bucket", "window", "unknown"] = "unknown" if told else "bucket"
@@ -177,7 +179,7 @@ class Bucket:
 
     def _learn(self, reading: Reading, sent_at: float, now: float) -> None:
         """Learn the rate, whether it is a window, and when that turns."""
-        missing, reset_s = reading.limit - reading.remaining, reading.reset_s
+        missing, reset_s = self.capacity - reading.remaining, reading.reset_s
         if reset_s is None:
             self.kind = "bucket"
             return
@@ -186,13 +188,13 @@ class Bucket:
         rate = missing / reset_s
         # What is missing and what a reset takes are both rounded: the emptier the bucket, the truer the rate. The lower of
         # two rates is the safer; what it wastes shows as a level above the believed one, and is taken from there.
-        if missing >= reading.limit / 10:
+        if missing >= self.capacity / 10:
             self.rate += (rate - self.rate) / (2000 if self._rate_told and rate > self.rate else 1)
             self._rate_told = True
             self._counted_s = min(COUNTED_S, self.capacity / self.rate / 4)
         if self._slowest and now < self._slowest[2] + MEMORY_S:
             before, before_s, _ = self._slowest
-            if missing - before >= max(2.0, reading.limit / 20) and before <= 0.8 * missing:
+            if missing - before >= max(2.0, self.capacity / 20) and before <= 0.8 * missing:
                 # As much longer a reset as more is missing: a bucket. No longer a reset: a window. Halfway is the border.
                 self.kind = "bucket" if before_s / reset_s < (1 + before / missing) / 2 else "window"
         if not self._slowest or now >= self._slowest[2] + MEMORY_S or rate < self._slowest[0] / self._slowest[1]:
@@ -401,7 +403,8 @@ class Pace:
         self._quiet_until = -math.inf
         self._probe: Sent | Literal["due"] | None = None
         self._pause_s = 0.0
-        self._latest = -1  # the number of the last request
+        self._latest = self._refused_at = -1  # the number of the last request, and of the last that was sent when one was refused
+        self._refused_in_row = 0  # round trips of nothing but refusals
 
     def wait_s(self, tokens: int, now: float) -> float:
         """Seconds until a request of so many tokens may be sent, or until it is worth asking again; inf: not before the next answer."""
@@ -435,7 +438,7 @@ class Pace:
     def heard(self, sent: Sent, now: float, readings: Sequence[Reading], *, tokens: int) -> None:
         """It was answered, and used `tokens` in truth."""
         self._end(sent)
-        self._known = True
+        self._known, self._refused_in_row = True, 0
         if self._probe is sent:
             self._probe, self._pause_s, self._learned.resumed_at = None, 0.0, now
         for bucket in self._given:
@@ -462,8 +465,14 @@ class Pace:
         short = [r.of for r in readings if r.of in self._told and r.remaining < (1 if r.of == "requests" else sent.tokens)]
         for of in short:
             self._told[of].overran()
-        if short:
+        if sent.number > self._refused_at:
+            self._refused_at = self._latest  # what was sent before it could be known does not count again
+            self._refused_in_row += 1
+        if short and self._refused_in_row < MISTRUSTED_AFTER:
             return  # the headers say why, and the buckets know it now
+        if short:
+            self._pause(now, retry_after_s)  # what is believed of them is wrong
+            return
         if was_probe or not self._known:
             self._pause(now, retry_after_s)
         elif self._crowd.refused(sent, self.in_flight, self._latest, costly=bool(retry_after_s)):
@@ -502,12 +511,14 @@ class Pace:
                 continue
             of_tokens, bucket = reading.of != "requests", self._told.get(reading.of)
             ahead_now = self._tokens_in_flight if of_tokens else self.in_flight
-            if bucket is None or (reading.limit != bucket.capacity and sent.at > bucket.born):
-                level = min(reading.remaining, reading.limit) - ahead_now
-                bucket = Bucket(of_tokens, reading.limit, reading.limit / 60, level, now, told=True)
+            if bucket is None or (reading.limit != bucket.limit and sent.at > bucket.born):
+                counted = sent.tokens_ahead + sent.tokens if of_tokens else sent.ahead + 1
+                capacity = _capacity(reading, counted)
+                bucket = Bucket(of_tokens, capacity, reading.limit / 60, min(reading.remaining, capacity) - ahead_now, now, told=True)
+                bucket.limit = reading.limit
                 self._told[reading.of] = bucket
                 self._gather()
-            elif reading.limit != bucket.capacity:
+            elif reading.limit != bucket.limit:
                 continue  # of before the limit was changed
             place = list(self._told).index(reading.of)
             then = sent.beliefs[place] if sent.at >= bucket.born and place < len(sent.beliefs) else bucket.belief()
@@ -520,3 +531,14 @@ class Pace:
 
     def _gather(self) -> None:
         self._buckets = [*self._given, *self._told.values()] + ([self._learned.bucket] if self._learned.bucket else [])
+
+
+def _capacity(reading: Reading, counted: float) -> float:
+    """What the server's bucket holds: its limit, unless far more than we sent is missing from that and yet it is soon full again.
+
+    Some servers tell a limit a minute and keep a smaller bucket: 9 of 600 left after the first request, and full again in 100 ms.
+    """
+    missing, a_second = reading.limit - reading.remaining, reading.limit / 60
+    if reading.reset_s is None or missing <= 2 * counted + reading.limit / 50 or missing <= 3 * a_second * reading.reset_s:
+        return reading.limit
+    return min(reading.limit, max(1.0, reading.remaining + a_second * reading.reset_s))

@@ -412,6 +412,7 @@ class Still:
         self.stage, self.round, self.needs = stage, 1 if needs else 0, needs
         self.rng = random.Random(f"{recipe.seed}/{stage}/{self.round}")
         self.seeds = self.kept = SAMPLES.to_frame() if seeds is None else seeds
+        self.worth: dict[str, float | None] = {}
         self.teachers = tuple(recipe.teachers)
 
     def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:

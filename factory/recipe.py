@@ -35,6 +35,14 @@ NOT_IDENTITY = {
         "licence": "is written down, not asked",
         "threads": "as above",
         "api_key_env": "who pays, not what is answered",
+        "limits": "changes the speed, not the answers",
+        "fallback": "stands in for a time; each sample says who wrote it",
+        "structured": "how a schema is told to the server; what it asks for is the same",
+        "python": "which interpreter starts the server, not what it serves",
+        "command": "as above",
+        "environment": "as above",
+        "in_process": "as above",
+        "start_timeout_s": "changes the speed, not the answers",
     },
 }
 
@@ -177,6 +185,7 @@ class _Reading:
         teachers = self._teachers(data.get("teachers", {}))
         named = data.get("teachers")
         stages = self._stages(data.get("stages"), list(named) if isinstance(named, dict) else [])
+        self._fallbacks(teachers)
         self._money(target, teachers)
         if self.problems:
             raise RecipeError(sorted(self.problems, key=lambda problem: problem.line or 0))
@@ -329,6 +338,13 @@ class _Reading:
                     self._problem((*where, name), f"no teacher is called {teacher!r}{did_you_mean(teacher, teachers)}")
             if not teachers:
                 self._problem(where, f"{where[-1]} asks a model, but the recipe names no teachers")
+
+    def _fallbacks(self, teachers: Mapping[str, Teacher]) -> None:
+        for name, teacher in teachers.items():
+            others = [other for other in teachers if other != name]
+            if teacher.fallback is not None and teacher.fallback not in others:
+                near = did_you_mean(teacher.fallback, others)
+                self._problem(("teachers", name, "fallback"), f"no other teacher is called {teacher.fallback!r}{near}")
 
     def _money(self, target: Target | None, teachers: Mapping[str, Teacher]) -> None:
         if target is None or target.budget_usd is None:

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from factory.chain import BUDGET_SPENT, Stages, Tally, World
 from factory.errors import RunError, RunLocked
 from factory.gateway import Gateway
 from factory.ledger import Ledger, open_ledger
+from factory.prices import cost
 from factory.progress import RunState, shown
 from factory.recipe import Recipe, StageLine
 from factory.records import LAYOUT, TARGET, RunFolder
@@ -37,10 +39,14 @@ from factory.store import (
     write_frame,
     write_json,
 )
+from schemas.call import Reply
 
 
-def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "quiet"] = "auto") -> RunFolder:
+def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "quiet"] = "auto", retry_failed: bool = False) -> RunFolder:
     """Run a recipe to its target, or go on where an earlier run of it stopped; gives the run's folder.
+
+    `retry_failed`: calls that finally failed are asked again, and what came after them in their round and later is done anew
+    (what was answered, the ledger answers).
 
     The outcome is in `run.json`: "done", or "short" with a reason. RunLocked: another process is at it. RunError (and
     KeyboardInterrupt) leave everything that was made; the same command goes on.
@@ -55,7 +61,7 @@ def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "q
         gateway = stack.enter_context(Gateway(recipe.teachers, ledger, home=home, run=folder.name, budget_micro_usd=micro))
         state = RunState(recipe.name, recipe.target.accepted, micro, meter=gateway)
         with shown(state, view):
-            _Mill(recipe, folder, ledger, gateway, state).turn()
+            _Mill(recipe, folder, ledger, gateway, state).turn(retry_failed=retry_failed)
     return RunFolder(folder)
 
 
@@ -68,9 +74,10 @@ class _Mill:
         self._started = time.monotonic()
         self._before_s = float(read_json(folder / "run.json").get("seconds", 0.0))
 
-    def turn(self) -> None:
+    def turn(self, *, retry_failed: bool = False) -> None:
         """Work until the run is done or short, and write which."""
         try:
+            self._reopen(retry_failed=retry_failed)
             status, reason = self._turn()
         except BaseException as error:
             self._write_status("stopped", str(error) or type(error).__name__)
@@ -78,7 +85,6 @@ class _Mill:
         self._write_status(status, reason)
 
     def _turn(self) -> tuple[str, str]:
-        self._reopen()
         self._sources()
         seeds = RunFolder(self.folder).of_fate("real")
         if seeds.is_empty():
@@ -104,13 +110,20 @@ class _Mill:
             idle = 0 if read_json(end)["kept"] else idle + 1
             number += 1
 
-    def _reopen(self) -> None:
-        """Take the end from a round that the budget cut short: it is done again, and what it got the ledger answers."""
+    def _reopen(self, *, retry_failed: bool) -> None:
+        """Take the end from a round that the budget cut short, or in which calls failed that are to be asked again.
+
+        It is done again, and what it got the ledger answers.
+        """
         record = RunFolder(self.folder)
-        if record.accepted.height >= self.recipe.target.accepted:
-            return
+        met = record.accepted.height >= self.recipe.target.accepted
         whole = list(record.stage_folders())
-        cut = [i for i, folder in enumerate(whole) if BUDGET_SPENT in read_json(folder / "stage.json")["unanswered"]]
+        unanswered = [set(read_json(folder / "stage.json")["unanswered"]) for folder in whole]
+        cut = [
+            i
+            for i, reasons in enumerate(unanswered)
+            if (BUDGET_SPENT in reasons and not met) or (retry_failed and reasons - {BUDGET_SPENT})
+        ]
         for folder in reversed(whole[cut[0] :] if cut else ()):  # backwards: at any moment a stage is whole only if those before it are
             (folder / "stage.json").unlink()
 
@@ -128,6 +141,7 @@ class _Mill:
             seeds=record.of_fate("real"),
             kept=record.of_fate("real", "accepted"),
             needs=self._needs(record, number, quota, have),
+            worth=self._worth(record, number),
         )
         lines = [line for line in self.recipe.stages if not (isinstance(line.stage, Generator) and line.stage.once)]
         self.stages.begin(number, lines)
@@ -158,6 +172,27 @@ class _Mill:
             missing = math.ceil((self.recipe.target.accepted - sum(have.values())) * oversample)
             clusters = rounds.thin_clusters(missing, yields[rounds.ANYWHERE].rate, members)
         return rounds.needs(quota, have, yields, oversample=oversample, clusters=clusters)
+
+    def _worth(self, record: RunFolder, number: int) -> dict[str, float | None]:
+        """Good rows a dollar by teacher, in earlier rounds: by their tokens at today's price, since what the ledger answered cost nothing
+        there. Where a price is zero or unknown, good rows a call; None before a teacher has answered."""
+        calls: Counter[str] = Counter()
+        money: Counter[str] = Counter()
+        for stage in record.stages:
+            if stage["kind"] == "generator" and stage["round"] < number:
+                for name, counts in stage["teachers"].items():
+                    price = self.recipe.teachers[name].known_price() if name in self.recipe.teachers else None
+                    reply = Reply(text="", finish="stop", tokens_in=counts["tokens_in"], tokens_out=counts["tokens_out"])
+                    calls[name] += counts["calls"]
+                    money[name] += cost(price, reply) or 0
+        priced = all(money[name] for name in calls)
+        before = record.samples.filter((pl.col("round") < number) & (pl.col("origin") == "made"))
+        good = before.join(record.fates.filter(pl.col("fate").is_in(["accepted", "surplus"])), on="id", how="semi")
+        rows = dict(good["teacher"].drop_nulls().value_counts().iter_rows())
+        return {
+            name: rows.get(name, 0) / (money[name] / 1e6 if priced else calls[name]) if calls[name] else None
+            for name in self.recipe.teachers
+        }
 
     def _choose(self, number: int, good: pl.DataFrame, quota: dict[str, int], have: dict[str, int]) -> None:
         """The target's own verdicts, which end the round."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -38,7 +38,8 @@ class Context(Protocol):
     """All that a stage may know of the world.
 
     `seeds` are the real samples that a teacher may see; `kept` all that was accepted before this round (seeds included);
-    both are frames as in `factory.store.SAMPLES`. `rng` is seeded by recipe seed, stage and round, so a repeated run asks
+    both are frames as in `factory.store.SAMPLES`. `worth` is what each teacher has given in earlier rounds of this run: good rows a
+    dollar, or a call where money says nothing; None: nothing yet. `rng` is seeded by recipe seed, stage and round, so a repeated run asks
     the same questions.
     """
 
@@ -56,6 +57,8 @@ class Context(Protocol):
     def needs(self) -> Sequence[Need]: ...
     @property
     def teachers(self) -> Sequence[str]: ...
+    @property
+    def worth(self) -> Mapping[str, float | None]: ...
 
     def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
         """Yield answers as they complete: the one door to any model. Calls are pulled as slots become free."""

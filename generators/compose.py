@@ -49,6 +49,7 @@ _SHIPPED: Mapping[str, tuple[How, tuple[str, ...], tuple[str, ...] | None]] = {
     "text-chat": ("json", (), ()),
     "text-completion": ("blocks", ("\nExample",), ("\nExample {next}",)),
 }
+_FLOOR = 0.1  # of the calls go to each teacher at least, where they are shared out by yield
 _LOWEST_RATE = 0.05  # a place that has given nothing yet is asked 20 times what it lacks, not without end
 _DRAWS_A_ROUND = 1_000_000  # draws of one round begin here times its number, so that no two rounds ask the same question
 
@@ -68,7 +69,10 @@ class Compose(Generator):
 
     key = "compose"
 
-    teachers: Annotated[tuple[str, ...], TeacherNames()] = Field((), description="who is asked, in turn; all of the recipe by default")
+    teachers: Annotated[tuple[str, ...] | dict[str, Annotated[float, Field(gt=0)]], TeacherNames()] = Field(
+        (), description="who is asked: names, in equal shares, or names with their weights; all of the recipe by default"
+    )
+    by: Literal["weight", "yield"] = "weight"
     template: str = "auto"
     template_file: Annotated[Path | None, RecipeFile()] = None
     form: Form | None = None
@@ -171,7 +175,7 @@ class Compose(Generator):
         pool = seeds.at(need, samples, ctx)
         labels = _deck([row["label"] for row in pool] or [need.label], ctx.rng)  # in the proportions of the real ones there
         axes = {name: _deck(values, ctx.rng) for name, values in self.axes.items()}
-        teachers = _deck(self.teachers or ctx.teachers, ctx.rng)
+        teachers = _dealt(self._weights(ctx), ctx.rng)
         about = _deck((self.about,) if isinstance(self.about, str) else self.about, ctx.rng)
         for first in range(0, calls, self.draws):
             label = next(labels)
@@ -184,6 +188,17 @@ class Compose(Generator):
             heading = self._heading(next(about), label)
             prompt = _Prompt(next(teachers), label, heading, {name: next(values) for name, values in axes.items()}, examples, exemplars)
             yield from [prompt] * min(self.draws, calls - first)
+
+    def _weights(self, ctx: Context) -> dict[str, float]:
+        """Which share of the calls each teacher gets; by yield in proportion to what it gave, but enough to go on trying each."""
+        given = self.teachers if isinstance(self.teachers, dict) else dict.fromkeys(self.teachers or ctx.teachers, 1.0)
+        worth = [ctx.worth.get(name) for name in given]
+        told = [each for each in worth if each is not None]
+        if self.by == "weight" or not sum(told):
+            return given
+        mean = sum(told) / len(told)  # of one that has not answered yet, the best guess
+        shares = [(mean if each is None else each) / sum(mean if w is None else w for w in worth) for each in worth]
+        return {name: _FLOOR + (1 - _FLOOR * len(given)) * share for name, share in zip(given, shares, strict=True)}
 
     def _heading(self, about: str, label: str | None) -> str:
         """One line that says what the texts are."""
@@ -297,7 +312,8 @@ class _Seeds:
 
 def _read(question: _Question, answer: Answer) -> Iterator[Sample | Failure]:
     """The samples of one answer, and a Failure for every piece of it that is none."""
-    lost = Failure(reason="unanswered", detail=answer.error or "", teacher=answer.call.teacher, call=answer.key)
+    who = answer.teacher or answer.call.teacher
+    lost = Failure(reason="unanswered", detail=answer.error or "", teacher=who, call=answer.key)
     if answer.reply is None:
         yield lost
         return
@@ -339,7 +355,8 @@ def _misfit(question: _Question, item: Item) -> str | None:
 def _sample(question: _Question, item: Item, answer: Answer) -> Sample:
     seeds, label = question.seeds, question.label
     logprob = answer.reply.logprob if answer.reply and question.per_call == 1 else None  # of several items it says nothing of one
-    where = question.where.model_copy(update={"call": answer.key, "logprob": logprob})
+    who = answer.teacher or question.where.teacher  # another than was asked, where a fallback stood in
+    where = question.where.model_copy(update={"call": answer.key, "logprob": logprob, "teacher": who})
     if seeds.task == "text":
         return Sample(text=item.input, label=label, provenance=where)
     output = {"label": seeds.outputs.get(label), "pairs": item.output}.get(seeds.task) or ""
@@ -439,6 +456,18 @@ def _deck(cards: Sequence[T], rng: random.Random) -> Iterator[T]:
     """Cards in random order without end, each as often as the others."""
     while True:
         yield from rng.sample(cards, len(cards))
+
+
+def _dealt(weights: Mapping[str, float], rng: random.Random) -> Iterator[str]:
+    """Names without end, each as often as its weight says: after any number of them none is a whole one ahead or behind."""
+    total = sum(weights.values())
+    due = {name: rng.random() * weight / total for name, weight in weights.items()}  # where in its turn each begins
+    while True:
+        for name, weight in weights.items():
+            due[name] += weight / total
+        name = max(due, key=lambda each: due[each])
+        due[name] -= 1
+        yield name
 
 
 def _in_turn(queues: Sequence[Iterator[T]]) -> Iterator[T]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -46,6 +46,7 @@ class FakeContext:
     stage: str = "01-test"
     round: int = 1
     teachers: Sequence[str] = ("fake",)
+    worth: Mapping[str, float | None] = field(default_factory=dict)
     reports: dict[str, Any] = field(default_factory=dict)
     asked: list[Call] = field(default_factory=list)
 

@@ -40,7 +40,7 @@ def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def filled(home: Path) -> Path:
-    """7 questions of two runs: 4 settled, one of them asked twice and one of no known price; 1 failed, 1 open, 2 lost."""
+    """7 questions of two runs, asked 9 times: 4 were settled (one after it had failed, one of no known price), 1 failed, 2 were lost."""
 
     async def fill() -> None:
         with open_ledger(home) as ledger:
@@ -53,6 +53,7 @@ def filled(home: Path) -> Path:
                 ledger.sending(entry)
                 return entry
 
+            await ledger.fail(await enter(0, "run-a"), "a passing fault")
             for n in range(4):
                 price = None if n == 3 else 500_000
                 await ledger.settle(await enter(n, "run-a"), Reply(text=ODD, finish="stop", tokens_in=3, tokens_out=2), price, 0.25)
@@ -79,10 +80,10 @@ def test_sums_have_a_total_and_what_was_lost_is_listed_with_its_price(filled: Pa
     said = gristmill()
     assert said.exit_code == 0
     lines = [" ".join(line.split()) for line in said.output.splitlines()]
-    assert "run run-a 4 0 0 0 12 8 $1.50 + 1 unpriced" in lines
+    assert "run run-a 4 1 0 0 12 8 $1.50 + 1 unpriced" in lines
     assert "run run-b 0 1 3 0 0 0 $1.25 + 1 unpriced" in lines
-    assert "teacher big 1 0 0 0 3 2 $0.50" in lines
-    assert "total 4 1 3 0 12 8 $2.75 + 2 unpriced" in lines
+    assert "teacher big 1 1 0 0 3 2 $0.50" in lines
+    assert "total 4 2 3 0 12 8 $2.75 + 2 unpriced" in lines
     assert "up to $1.25 (and 1 of unknown price) may have been paid for 3 answers that never came:" in lines
     assert sum("its process ended" in line or "the answer was cut" in line or "the run ended" in line for line in lines) == 3
 
@@ -106,18 +107,19 @@ def test_everything_can_be_taken_elsewhere(filled: Path, tmp_path: Path, form: s
     monkeypatch.setattr(audit, "PAGE", page)
     path = tmp_path / "out" / f"all.{form}"
     said = gristmill("export", str(path))
-    assert (said.exit_code, said.output) == (0, f"wrote 8 entries to {path}\n")
+    assert (said.exit_code, said.output) == (0, f"wrote 9 entries to {path}\n")
     rows = read(path)
-    assert [row["id"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert Counter(row["state"] for row in rows) == {"settled": 4, "failed": 1, "lost": 3}
-    first = rows[0]
+    assert [row["id"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert Counter(row["state"] for row in rows) == {"settled": 4, "failed": 2, "lost": 3}
+    assert rows[0]["answer"] is None, "it was answered another time"
+    first = rows[1]
     assert [*first] == [*COLUMNS]
     assert (first["provider"], first["model"], first["draw"], first["round"], first["seconds"]) == ("fake", "m", 0, 1, 0.25)
     assert (first["reserved_micro_usd"], first["cost_micro_usd"], first["tokens_out"], first["error"]) == (1_000_000, 500_000, 2, None)
     assert first["request"]["messages"] == [{"role": "user", "content": f"0 {ODD}"}]
     assert Reply(**first["answer"]) == Reply(text=ODD, finish="stop", tokens_in=3, tokens_out=2)
-    assert (rows[4]["answer"], rows[4]["error"]) == (None, ODD.replace("\0", "\ufffd"))
-    assert rows[3]["cost_micro_usd"] is None
+    assert (rows[5]["answer"], rows[5]["error"]) == (None, ODD.replace("\0", "\ufffd"))
+    assert rows[4]["cost_micro_usd"] is None
     assert [path.name for path in path.parent.iterdir()] == [path.name]
 
 
@@ -163,14 +165,15 @@ def test_an_export_that_fails_leaves_what_was_there(filled: Path, tmp_path: Path
 
 
 def test_a_whole_ledger_is_found_whole(filled: Path) -> None:
-    assert verify(filled) == Audit(calls=7, entries=8, runs=2, faults=())
+    assert verify(filled) == Audit(calls=7, entries=9, runs=2, faults=())
     said = gristmill("verify")
-    assert (said.exit_code, said.output) == (0, "checked 7 calls, 8 entries and 2 runs' sums: no fault\n")
+    assert (said.exit_code, said.output) == (0, "checked 7 calls, 9 entries and 2 runs' sums: no fault\n")
 
 
-def test_every_fault_is_found(filled: Path) -> None:
+def test_every_fault_is_found(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "PAGE", 2)
     with open_ledger(filled, read_only=True) as ledger:
-        keys = [row[0] for row in ledger._read(lambda: ledger._db.execute("SELECT key FROM entries ORDER BY id"))]
+        keys = [row[0] for row in ledger._read(lambda: ledger._db.execute("SELECT key FROM entries WHERE id > 1 ORDER BY id"))]
     execute(filled, "UPDATE calls SET request = replace(request, 'user', 'system') WHERE key = ?", keys[0])
     execute(filled, "UPDATE calls SET draw = 9 WHERE key = ?", keys[1])
     execute(filled, "UPDATE calls SET answer = NULL WHERE key = ?", keys[2])
@@ -180,7 +183,7 @@ def test_every_fault_is_found(filled: Path) -> None:
     said = gristmill("verify")
     assert said.exit_code == 1
     *faults, last = said.output.splitlines()
-    assert last == "checked 7 calls, 8 entries and 2 runs' sums: 6 faults"
+    assert last == "checked 7 calls, 9 entries and 2 runs' sums: 6 faults"
     for n, what in enumerate(("another's", "another's", "has no answer", "answer can't be read", "question is not whole")):
         assert sum(keys[n] in fault and what in fault for fault in faults) == 1, (what, faults)
     assert sum("run run-a" in fault and "1,500,001" in fault and "1,500,000" in fault for fault in faults) == 1
@@ -207,12 +210,15 @@ def test_an_entry_without_its_call_and_broken_pages_are_found(tmp_path: Path, mo
 
     path = tmp_path / "ledger.db"
     with closing(sqlite3.connect(path)) as db:
-        [(size,), (pages,)] = (db.execute(f"PRAGMA {name}").fetchone() for name in ("page_size", "page_count"))
-    with path.open("r+b") as file:
-        file.seek(size * (pages // 2))
-        file.write(b"\xff" * size)
-    faults = verify(tmp_path).faults
-    assert any("broken" in fault for fault in faults)
+        [size] = db.execute("PRAGMA page_size").fetchone()
+        page_of = dict(db.execute("SELECT name, rootpage FROM sqlite_master"))
+    for name, calls, entries in (("sqlite_autoindex_batches_1", 199, 200), ("sqlite_autoindex_calls_1", 0, 200)):
+        with path.open("r+b") as file:
+            file.seek(size * (page_of[name] - 1))
+            file.write(b"\xff" * size)
+        found = verify(tmp_path)
+        assert any(fault.startswith("the database is broken:") for fault in found.faults), name
+        assert (found.calls, found.entries, found.runs) == (calls, entries, 1), "what can still be checked is"
 
 
 @given(
