@@ -130,7 +130,7 @@ class Mock:
         usage = {"prompt_tokens": tokens_of(asked) + 8, "completion_tokens": tokens, "total_tokens": tokens_of(asked) + 8 + tokens}
         choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice], "usage": usage}
-        return answer, rng.uniform(0.02, 0.05) + tokens * 0.0005
+        return answer, rng.uniform(0.06, 0.15) + tokens * 0.0015
 
 
 def tokens_of(text: str) -> int:

@@ -195,7 +195,7 @@ def _write_parquet(path: Path, pages: Iterator[list[Row]]) -> int:
                 pl.DataFrame(page, schema=kinds, orient="row").write_parquet(parts[-1])
                 written += len(page)
             frame = pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=kinds)
-            frame.sink_parquet(path)
+            frame.sink_parquet(path, row_group_size=PAGE)  # as small as the parts: larger ones are gathered in memory, many at once
         except pl.exceptions.PolarsError as error:  # polars calls a full disk a ComputeError
             raise StoreError(f"can't write: {error}", where=str(path), next="Make room and run the same command.") from error
     return written

@@ -416,9 +416,13 @@ class _Play:
 
 
 def _weights(answers: Sequence[Answered], places: int, rng: np.random.Generator) -> Numbers:
-    """How likely each seen answer is to come again, by place: the Bayesian bootstrap (Rubin 1981), with more weight to a place's own."""
+    """How likely each seen answer is to come again, by place: the Bayesian bootstrap (Rubin 1981), with more weight to a place's own.
+
+    Its weights are drawn wider than Rubin's, so that a mean over few answers varies as much as it is known to: by s² / n.
+    """
     own = np.array([[answer.place == place for answer in answers] for place in range(places)])
     others = ~own
     base = own + others * SHARED_WEIGHT / np.maximum(others.sum(axis=1, keepdims=True), 1)
-    weights = base * rng.standard_exponential(len(answers))
+    n = len(answers)
+    weights = base * np.maximum(rng.standard_gamma(max(n - 2, 0.5) / n, n), 1e-9)
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))

@@ -198,6 +198,26 @@ class Entry:
     batch: str | None
 
 
+class LeftEntry(NamedTuple):
+    """A call of a batch that has no end yet."""
+
+    id: int
+    key: str
+    call: Call  # as it was sent; its teacher is the batch's
+
+
+@dataclass(frozen=True)
+class LeftBatch:
+    """A batch that its process left behind, and what of it has no end yet. `provider_id` None: nobody knows whether it was submitted."""
+
+    mark: str
+    account: str
+    provider_id: str | None
+    calls: int
+    submitted_at: datetime
+    entries: tuple[LeftEntry, ...]
+
+
 @dataclass(frozen=True)
 class Record:
     """All that the ledger holds of one call: the question, the answer that stands, and every time that it was asked."""
@@ -285,6 +305,7 @@ class Ledger:
         self._in_flight: set[int] = set()  # entries that were sent and whose end is not committed
         self._buried: list[tuple[str, list[Path]]] = []  # the dead, and their spools: to be removed once what they left is committed
         self._open: dict[int, str] = {}  # our open entries, and their keys
+        self._attended: dict[str, object] = {}  # the batches that somebody here looks after, and who
         self._handed: dict[int, tuple[asyncio.AbstractEventLoop, _Pairs]] = {}  # results on their way into a loop
         self._gate, self._closed = threading.Lock(), False
         self._writer: threading.Thread | None = None  # None: opened to be read
@@ -414,6 +435,66 @@ class Ledger:
         self._put(_Look(keys, future))
         return future
 
+    # Batches. An entry of a batch outlives its process: it stays open until the batch's result is fetched, by whoever adopts it.
+
+    async def mark_batch(self, mark: str, teacher: str, account: str, entries: Sequence[int]) -> None:
+        """Note, before it is submitted, that these entries go into one batch; `mark` is our name of it."""
+        self._attended[mark] = self
+
+        def work() -> None:
+            self._db.change(
+                "INSERT INTO batches (mark, teacher, account, calls, submitted_at, owner) VALUES (?, ?, ?, ?, ?, ?)",
+                *(mark, teacher, account, len(entries), _now(), self._owner),
+            )
+            given = f"SELECT id FROM {self._db.rows('id bigint')}"
+            self._db.change(f"UPDATE entries SET batch = ? WHERE id IN ({given})", mark, _json([[entry] for entry in entries]))
+
+        await self._in_turn(work)
+
+    async def batch_submitted(self, mark: str, provider_id: str) -> None:
+        """Keep the provider's id of a batch, by which it is found again."""
+        await self._in_turn(lambda: self._db.change("UPDATE batches SET provider_id = ? WHERE mark = ?", provider_id, mark))
+
+    async def batch_ended(self, mark: str) -> None:
+        """Close a batch, all entries of which have their end."""
+        await self._in_turn(lambda: self._db.change("UPDATE batches SET ended_at = ? WHERE mark = ?", _now(), mark))
+        self._attended.pop(mark, None)
+
+    async def provider_ids(self, account: str) -> set[str]:
+        """The providers' ids of this account's batches, as far as they reached us."""
+        sql = "SELECT provider_id FROM batches WHERE account = ? AND provider_id IS NOT NULL"
+        return {provider_id for (provider_id,) in await self._in_turn(lambda: self._db.execute(sql, account))}
+
+    async def adopt(self, accounts: Sequence[str]) -> list[LeftBatch]:
+        """Take over the open batches of these accounts that nobody looks after any more; what arrived of them is settled first."""
+        mine = object()
+        given = f"SELECT account FROM {self._db.rows('account text')}"
+
+        def work() -> list[LeftBatch]:
+            rows = self._db.execute(
+                "SELECT mark, teacher, account, provider_id, calls, submitted_at, owner FROM batches "
+                f"WHERE ended_at IS NULL AND account IN ({given})",
+                _json([[account] for account in accounts]),
+            )
+            dead = {owner for owner in {row[-1] for row in rows} if self._is_dead(owner)}
+            for owner in dead:
+                self._bury_one(owner)
+            left = []
+            for mark, teacher, account, provider_id, calls, submitted_at, owner in rows:
+                if owner not in dead and (owner != self._owner or self._attended.get(mark, mine) is not mine):
+                    continue
+                self._attended[mark] = mine  # this may be done again: the transaction may fail with what stands beside it
+                entries = self._take_over(mark, teacher)
+                left.append(LeftBatch(mark, account, provider_id, calls, datetime.fromisoformat(submitted_at), entries))
+            return left
+
+        return await self._in_turn(work)
+
+    def put_down(self, marks: Iterable[str]) -> None:
+        """Look after these batches no longer: they may be adopted."""
+        for mark in marks:
+            self._attended.pop(mark, None)
+
     # For everybody else.
 
     def find(self, key: str) -> Known | None:
@@ -506,6 +587,11 @@ class Ledger:
                 return work()
             except self._db.errors as error:
                 raise self._db.fault(error) from error
+
+    async def _in_turn(self, work: Callable[[], T]) -> T:
+        future: Future[T] = Future()
+        self._put(_Work(work, future))
+        return await asyncio.shield(asyncio.wrap_future(future))  # the writer could not answer to one that is cancelled
 
     def _put(self, job: _Job) -> None:
         with self._gate:  # what comes behind the last would never be done
@@ -701,15 +787,25 @@ class Ledger:
         return {key: Known(Reply.model_validate_json(answer), cost) for key, answer, cost in rows}
 
     def _asked_elsewhere(self, keys: Sequence[str]) -> dict[str, str]:
-        """Which of the keys are open, and by whom; what the dead among them left is put in order first."""
+        """Which of the keys are open, and by whom; what the dead among them left is put in order first. A batch outlives its owner."""
         rows = self._db.execute(
-            f"SELECT key, owner FROM entries WHERE state = 'open' AND key IN (SELECT key FROM {self._db.rows('key text')})",
+            f"SELECT key, owner, batch FROM entries WHERE state = 'open' AND key IN (SELECT key FROM {self._db.rows('key text')})",
             _json([[key] for key in keys]),
         )
-        dead = {owner for owner in {owner for _, owner in rows} if self._is_dead(owner)}
+        dead = {owner for owner in {owner for _, owner, _ in rows} if self._is_dead(owner)}
         for owner in dead:
             self._bury_one(owner)
-        return {key: owner for key, owner in rows if owner not in dead}
+        return {key: owner for key, owner, batch in rows if owner not in dead or batch is not None}
+
+    def _take_over(self, mark: str, teacher: str) -> tuple[LeftEntry, ...]:
+        """Make a batch ours; gives its open entries."""
+        self._db.change("UPDATE batches SET owner = ? WHERE mark = ?", self._owner, mark)
+        self._db.change("UPDATE entries SET owner = ? WHERE state = 'open' AND batch = ?", self._owner, mark)
+        rows = self._db.execute(
+            "SELECT id, entries.key, request FROM entries JOIN calls ON calls.key = entries.key WHERE state = 'open' AND batch = ?", mark
+        )
+        self._open |= {entry: key for entry, key, _ in rows}
+        return tuple(LeftEntry(entry, key, Call(teacher=teacher, **orjson.loads(request))) for entry, key, request in rows)
 
     def _entries(self, where: str, *values: str) -> list[Entry]:
         names = ", ".join(Entry.__dataclass_fields__)
@@ -766,7 +862,7 @@ class Ledger:
         self._close_left(owner, "lost", "its process ended before the answer came")
 
     def _close_left(self, owner: str, state: Literal["failed", "lost"], error: str, but: Iterable[int] = ()) -> None:
-        rows = self._db.execute("SELECT id FROM entries WHERE state = 'open' AND owner = ?", owner)
+        rows = self._db.execute("SELECT id FROM entries WHERE state = 'open' AND batch IS NULL AND owner = ?", owner)
         left = {entry for (entry,) in rows}.difference(but)
         if left:
             self._close_rows([[entry, state, error] for entry in left])

@@ -143,7 +143,7 @@ def words_of(call: Call) -> str:
 
 
 def choose(questions: Sequence[Put], n: int, seed: int) -> list[Put]:
-    """`n` of the questions, by a seeded draw that takes of every generator, teacher and place about its share.
+    """`n` of the questions, by a seeded draw that takes of every generator's questions to every teacher, and of every place, about their share.
 
     Inside of one of these the first are taken, each prompt once before any twice: their order is already random, and what a
     generator varies in turn (axes, wordings) is then balanced as well.
@@ -157,14 +157,14 @@ def choose(questions: Sequence[Put], n: int, seed: int) -> list[Put]:
         drawn[text] += 1
         again.append(drawn[text])
     for _, question in sorted(zip(again, questions, strict=True), key=lambda pair: pair[0]):
-        strata[question.line.folder, question.call.teacher, question.place].append(question)
+        strata[(question.line.folder, question.call.teacher), question.place].append(question)
     wanted: Counter[tuple[int, Any]] = Counter()
     for stratum, members in strata.items():
         wanted.update({(axis, value): len(members) for axis, value in enumerate(stratum)})
     taken: Counter[tuple[int, Any]] = Counter()
     chosen: list[Put] = []
     while strata and len(chosen) < n:
-        # The stratum whose generator, teacher and place together are furthest behind their shares.
+        # The stratum whose teacher and place together are furthest behind their shares.
         def ahead(stratum: tuple[Any, ...]) -> float:
             return sum((taken[axis, value] + 1) / wanted[axis, value] for axis, value in enumerate(stratum))
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.call import Call, Params, Reading, Reply
+
+if TYPE_CHECKING:
+    from factory.errors import TeacherFault
 
 
 class Price(BaseModel):
@@ -50,6 +54,63 @@ class Connection(Protocol):
 
     async def ask(self, call: Call, params: Params) -> Heard:
         """Ask once; no retries of its own (the gateway must see every refusal). `params` is the call's, the teacher's filled in."""
+
+
+class BatchItem(NamedTuple):
+    """One question of a batch: our name of it, the call as it is sent, and the body that asks it live."""
+
+    custom_id: str
+    call: Call
+    body: Mapping[str, Any]
+
+
+class BatchStatus(NamedTuple):
+    """How far a batch is; `ended`: its results are there."""
+
+    ended: bool
+    done: int
+    total: int
+
+
+class Trace(NamedTuple):
+    """What a provider holds of a batch whose id never reached us. `unsure`: it can't be told yet, and had better not be sent again."""
+
+    provider_id: str | None = None
+    unsure: bool = False
+
+
+class BatchConnection(Protocol):
+    """An open way to a provider's batches. Its methods raise `factory.errors.TeacherFault`, and nothing else, when a request fails."""
+
+    def body(self, call: Call) -> Mapping[str, Any]:
+        """What asks a call, the same as live; `call.params` are those that are sent."""
+
+    async def submit(self, mark: str, items: Sequence[BatchItem]) -> str:
+        """Submit once, without retries; gives the provider's id. `mark` is our name of the batch, with which each custom_id begins.
+
+        All of the calls are chats, or all are raw prompts.
+        """
+
+    async def find(self, mark: str, count: int, since: datetime, known: Container[str]) -> Trace:
+        """Look for the batch of that mark and so many calls, marked at `since`; `known` are the ids of others."""
+
+    async def status(self, provider_id: str) -> BatchStatus | None:
+        """How far it is; None: the provider does not know it (any more)."""
+
+    def results(self, provider_id: str, calls: Mapping[str, Call]) -> AsyncIterator[tuple[str, Reply | TeacherFault]]:
+        """Each question's end, by custom_id, of a batch that has ended. A fault of the batch as a whole is raised."""
+
+
+class Batching(NamedTuple):
+    """How a teacher is asked in batches: of `size` calls at most, looked after every `poll_s` seconds.
+
+    `on`: it is to be. Where it is not, `connect` still opens the way to batches that an earlier run submitted.
+    """
+
+    on: bool
+    size: int
+    poll_s: float
+    connect: Callable[[Path], AbstractAsyncContextManager[BatchConnection]]
 
 
 @dataclass(frozen=True)
@@ -110,3 +171,7 @@ class Teacher(BaseModel):
     def ports(self) -> Sequence[Port]:
         """The ways to this teacher, over which the gateway spreads the load; one, unless it has several servers or keys."""
         return (Port(self.model, f"{self.kind}/{self.model}", self.connect),)
+
+    def batching(self) -> Batching | None:
+        """How it is asked in batches, which are cheaper and slow; None: its provider takes none."""
+        return None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from factory.errors import TeacherFault
-from factory.teacher import Connection, Heard, Port, Teacher
+from factory.teacher import BatchConnection, Batching, Connection, Heard, Port, Teacher
 from generators.teachers.http import Server, addresses, each, missing_keys, open_server, ports_of, read_key, server_name
 from generators.teachers.openai import counted
 from generators.teachers.strict import as_object, from_object
@@ -33,13 +33,16 @@ NOT_EXTRA = frozenset({"model", "messages", "system", "max_tokens", "stream", "t
 
 
 class Anthropic(Teacher):
-    """A model behind `base_url`, asked by chat only. Servers, keys and `provider` as for the kind `openai`."""
+    """A model behind `base_url`, asked by chat only. Servers, keys, `provider` and batches as for the kind `openai`."""
 
     kind: ClassVar[str] = "anthropic"
 
     base_url: str | tuple[str, ...] = ANTHROPIC_URL
     api_key_env: str | tuple[str, ...] | None = None
     provider: str | None = None
+    mode: Literal["live", "batch"] = "live"
+    batch_size: int = Field(10_000, ge=1, le=100_000)
+    poll_s: float = Field(60, gt=0)
 
     _addresses = field_validator("base_url")(addresses)
 
@@ -71,6 +74,17 @@ class Anthropic(Teacher):
     def connect(self, home: Path) -> AbstractAsyncContextManager[Connection]:
         return self.ports()[0].connect(home)
 
+    def batching(self) -> Batching:
+        return Batching(self.mode == "batch", self.batch_size, self.poll_s, self._open_batches)
+
+    @asynccontextmanager
+    async def _open_batches(self, home: Path) -> AsyncIterator[BatchConnection]:
+        from generators.teachers.batches import AnthropicBatches, open_anthropic
+
+        url, key = self.servers[0], read_key(self.key_envs[0]) if self.key_envs else None
+        async with open_anthropic(url, key, self.timeout_s) as client:
+            yield AnthropicBatches(client, url, self.model)
+
     @asynccontextmanager
     async def _open(self, url: str, key_env: str | None, home: Path) -> AsyncIterator[Connection]:
         headers = {"anthropic-version": VERSION}
@@ -88,37 +102,43 @@ class AnthropicConnection:
     model: str
 
     async def ask(self, call: Call, params: Params) -> Heard:
-        if call.prompt is not None:
-            raise TeacherFault("never", "this teacher takes messages, not a raw prompt: use a chat template for it")
-        if any(m.role == "tool" for m in call.messages):
-            raise TeacherFault("never", "this teacher takes no messages of the role 'tool'")
-        if clash := NOT_EXTRA & params.extra.keys():
-            raise TeacherFault("never", f"params.extra may not set {', '.join(sorted(clash))}")
-        body: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": params.max_tokens,
-            "messages": [{"role": m.role, "content": m.content} for m in call.messages if m.role != "system"],
-        }
-        if params.temperature is not None:
-            body["temperature"] = params.temperature
-        if params.top_p is not None:
-            body["top_p"] = params.top_p
-        if system := "\n\n".join(m.content for m in call.messages if m.role == "system"):
-            body["system"] = system
-        if params.stop:
-            body["stop_sequences"] = params.stop
-        if call.json_schema:
-            body["tools"] = [{"name": "answer", "description": "Give the answer.", "input_schema": as_object(call.json_schema)}]
-            body["tool_choice"] = {"type": "tool", "name": "answer"}
-        answer, readings = await self.server.post("/v1/messages", body | params.extra)
+        answer, readings = await self.server.post("/v1/messages", question(call, params, self.model))
         try:
-            return Heard(_reply(answer, call), readings)
+            return Heard(reply_of(answer, call), readings)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             message = f"an answer of another shape than Anthropic's: {str(answer)[:200]}"
             raise TeacherFault("again", message, paid=True, readings=readings) from error
 
 
-def _reply(answer: dict[str, Any], call: Call) -> Reply:
+def question(call: Call, params: Params, model: str) -> dict[str, Any]:
+    """The body of a request. Raises TeacherFault where this protocol has no words for the call."""
+    if call.prompt is not None:
+        raise TeacherFault("never", "this teacher takes messages, not a raw prompt: use a chat template for it")
+    if any(m.role == "tool" for m in call.messages):
+        raise TeacherFault("never", "this teacher takes no messages of the role 'tool'")
+    if clash := NOT_EXTRA & params.extra.keys():
+        raise TeacherFault("never", f"params.extra may not set {', '.join(sorted(clash))}")
+    body: dict[str, Any] = {
+        "model": model,
+        "max_tokens": params.max_tokens,
+        "messages": [{"role": m.role, "content": m.content} for m in call.messages if m.role != "system"],
+    }
+    if params.temperature is not None:
+        body["temperature"] = params.temperature
+    if params.top_p is not None:
+        body["top_p"] = params.top_p
+    if system := "\n\n".join(m.content for m in call.messages if m.role == "system"):
+        body["system"] = system
+    if params.stop:
+        body["stop_sequences"] = params.stop
+    if call.json_schema:
+        body["tools"] = [{"name": "answer", "description": "Give the answer.", "input_schema": as_object(call.json_schema)}]
+        body["tool_choice"] = {"type": "tool", "name": "answer"}
+    return body | params.extra
+
+
+def reply_of(answer: Mapping[str, Any], call: Call) -> Reply:
+    """What a server's answer says. Raises KeyError, TypeError, AttributeError or ValueError where it is another's."""
     blocks = answer["content"]
     used = next((b["input"] for b in blocks if b["type"] == "tool_use"), None)
     if used is not None and call.json_schema:

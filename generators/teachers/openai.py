@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 import orjson
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from factory.errors import TeacherFault
-from factory.teacher import Connection, Heard, Port, Teacher
+from factory.teacher import BatchConnection, Batching, Connection, Heard, Port, Teacher
 from generators.teachers.http import Server, addresses, each, missing_keys, open_server, ports_of, read_key, server_name
 from generators.teachers.strict import Schema, as_object, from_object, stated, strict, without_nulls
 from schemas.call import Call, Finish, Params, Reply
@@ -42,6 +42,9 @@ class OpenAI(Teacher):
     `provider` names who answers; a server of the same name and model may move without being asked anew. `structured` is how it
     is made to keep to a JSON schema: "schema" where the server knows schemas, "object" where it only knows that JSON is wanted
     (the schema then stands in the question), "prompt" where it knows neither.
+
+    `mode: batch` asks in batches of at most `batch_size` calls, which cost half as much and may take a day; each is looked
+    after every `poll_s` seconds, by the first server and key.
     """
 
     kind: ClassVar[str] = "openai"
@@ -50,6 +53,9 @@ class OpenAI(Teacher):
     api_key_env: str | tuple[str, ...] | None = None
     provider: str | None = None
     structured: Literal["schema", "object", "prompt"] = "schema"
+    mode: Literal["live", "batch"] = "live"
+    batch_size: int = Field(10_000, ge=1, le=50_000)
+    poll_s: float = Field(60, gt=0)
 
     _addresses = field_validator("base_url")(addresses)
 
@@ -85,13 +91,28 @@ class OpenAI(Teacher):
     def connect(self, home: Path) -> AbstractAsyncContextManager[Connection]:
         return self.ports()[0].connect(home)
 
+    def batching(self) -> Batching:
+        return Batching(self.mode == "batch", self.batch_size, self.poll_s, self._open_batches)
+
     @asynccontextmanager
     async def _open(self, url: str, key_env: str | None, home: Path) -> AsyncIterator[Connection]:
         headers = {"Authorization": f"Bearer {read_key(key_env)}"} if key_env else {}
+        async with open_server(url, self, headers) as server:
+            yield OpenAIConnection(server, self.model, *self._form(url))
+
+    @asynccontextmanager
+    async def _open_batches(self, home: Path) -> AsyncIterator[BatchConnection]:
+        from generators.teachers.batches import OpenAIBatches, open_openai
+
+        url, key = self.servers[0], read_key(self.key_envs[0]) if self.key_envs else None
+        async with open_openai(url, key, self.timeout_s) as client:
+            yield OpenAIBatches(client, url, self.model, *self._form(url))
+
+    def _form(self, url: str) -> tuple[str, Structured]:
+        """What that server calls the most tokens of a chat answer, and how it is made to keep to a schema."""
         own = (urlsplit(url).hostname or "").endswith(OWN_FORM)
         structured: Structured = "strict" if own and self.structured == "schema" else self.structured
-        async with open_server(url, self, headers) as server:
-            yield OpenAIConnection(server, self.model, "max_completion_tokens" if own else "max_tokens", structured)
+        return "max_completion_tokens" if own else "max_tokens", structured
 
 
 @dataclass(frozen=True)

@@ -157,3 +157,20 @@ def test_what_only_asking_needs_is_not_asked_for_by_who_reads(folder: Path, monk
     text = GOOD.replace("{kind: fake, model: fake}", "{kind: openai, model: some}")
     assert "OPENAI_API_KEY" in problems(folder, text)[0][1]
     assert load_recipe(folder, asking=False).name == "tiny"
+
+
+def test_teachers_may_have_weights_and_are_checked_all_the_same(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(GOOD.replace("[echo]", "{echo: 3}"))
+    load_recipe(folder)
+    [(line, said)] = problems(folder, GOOD.replace("[echo]", "{eco: 3}"))
+    assert (line, said) == (7, "no teacher is called 'eco'; did you mean 'echo'?")
+    assert any("greater than 0" in said for _, said in problems(folder, GOOD.replace("[echo]", "{echo: 0}")))
+
+
+def test_a_fallback_is_another_teacher_of_the_recipe(folder: Path) -> None:
+    two = GOOD.replace("model: fake}", "model: fake, fallback: spare}\n  spare: {kind: fake, model: fake}")
+    (folder / "recipe.yaml").write_text(two)
+    load_recipe(folder)
+    [(line, said)] = problems(folder, two.replace("fallback: spare", "fallback: spar"))
+    assert (line, said) == (4, "no other teacher is called 'spar'; did you mean 'spare'?")
+    assert problems(folder, two.replace("fallback: spare", "fallback: echo"))

@@ -78,7 +78,7 @@ class Words(Generator):
             if answer.reply is None:
                 yield Failure(reason="unanswered", call=answer.key)
             elif not self.lose:
-                where = {"generator": ctx.stage, "round": ctx.round, "call": answer.key}
+                where = {"generator": ctx.stage, "round": ctx.round, "call": answer.key, "teacher": answer.teacher}
                 yield chat(answer.reply.text, answer.call.ref, **where)
 
 
@@ -486,3 +486,62 @@ def test_the_hundredth_round_is_read_after_those_before_it(tmp_path: Path) -> No
     for number in (99, 100, 101):
         write_json(tmp_path / f"round-{number:02d}" / "01-x" / "stage.json", {"round": number})
     assert [stage["round"] for stage in RunFolder(tmp_path).stages] == [99, 100, 101]
+
+
+def test_calls_that_failed_are_asked_again_when_that_is_wanted(tmp_path: Path) -> None:
+    from factory.errors import TeacherFault
+
+    class Moody(Scripted):
+        """Refuses every third question, until it does not any more."""
+
+        kind = "moody"
+        refuses: ClassVar[bool] = True
+
+        @asynccontextmanager
+        async def connect(self, home: Path) -> AsyncIterator[Connection]:
+            class Mood(_Script):
+                async def ask(self, call: Call, params: Params) -> Heard:
+                    if Moody.refuses and call.draw % 3 == 2:
+                        raise TeacherFault("never", "content refused")
+                    return await super().ask(call, params)
+
+            yield Mood()
+
+    def go(**how: Any) -> RunFolder:
+        return run(recipe(tmp_path, Words(), Even(), teacher=Moody()), tmp_path / "mill", view="quiet", **how)
+
+    first = go()
+    assert first.stages[1]["unanswered"] == {"content refused": 4}
+    answered = len(ASKED)
+    Moody.refuses = False
+    assert go().stages[1]["unanswered"] == {"content refused": 4}  # a finished run asks nothing more by itself
+    assert len(ASKED) == answered
+    again = go(retry_failed=True)
+    assert (again.stages[1]["unanswered"], again.stages[1]["answered"]) == ({}, first.stages[1]["asked"])
+    assert again.status["status"] == "done"
+    assert len(ASKED) == len(set(ASKED)) > answered  # what was answered is not asked again
+
+
+def test_what_a_teacher_gave_for_its_money_is_known_in_the_next_round(tmp_path: Path) -> None:
+    seen: list[dict[str, float | None]] = []
+
+    class Watching(Words):
+        key = "watching"
+
+        def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+            seen.append(dict(ctx.worth))
+            return super().generate(samples, ctx)
+
+    class First(Filter):
+        """Keeps one row a round."""
+
+        key = "first"
+        scope = "dataset"
+
+        def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+            keep = pl.Series([n == 0 for n in range(samples.height)], dtype=pl.Boolean)
+            return verdicts_from(samples["id"], keep=keep, reason=pl.select(pl.when(~keep).then(pl.lit("no"))).to_series())
+
+    dear = Scripted(price=Price(input_usd_per_mtok=0, output_usd_per_mtok=1_000_000))  # two dollars an answer
+    run(recipe(tmp_path, Watching(), First(), teacher=dear, accepted=2, balance=None, rounds=2), tmp_path / "mill", view="quiet")
+    assert seen == [{"t": None}, {"t": 1 / (2 * 4)}]

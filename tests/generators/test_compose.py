@@ -405,3 +405,35 @@ def test_an_item_of_another_label_than_asked_for_is_not_relabelled() -> None:
     samples, failures = made(Compose(), FakeContext(seeds=bank(), needs=(Need(1, "transfer_timing"),), answers=lambda call: said))
     assert [s.input for s in samples] == ["when?", "how?"]
     assert [f.reason for f in failures] == ["other label"]
+
+
+def test_teachers_are_asked_in_the_proportions_of_their_weights() -> None:
+    stage = Compose(teachers={"small": 3, "big": 1}, per_call=1)
+    ctx = FakeContext(seeds=bank(), needs=[Need(missing=40, label="failed_transfer")])
+    asked = [call.teacher for call in calls(stage, ctx)]
+    for n in range(4, len(asked) + 1):  # at every moment, not only in the end
+        assert abs(asked[:n].count("big") - n / 4) <= 1
+
+
+def test_by_yield_the_better_teacher_is_asked_more_and_the_other_not_given_up() -> None:
+    stage = Compose(teachers=("small", "big"), by="yield", per_call=1)
+    needs = [Need(missing=100, label="failed_transfer", rate=1.0)]
+    first = Counter(call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=needs)))
+    assert abs(first["small"] - first["big"]) <= 1  # nothing is known yet
+    told = Counter(call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=needs, worth={"small": 30.0, "big": 10.0})))
+    assert told["small"] == pytest.approx(0.7 * 100, abs=1)  # a tenth each, and three quarters of the rest
+    hopeless = Counter(call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=needs, worth={"small": 30.0, "big": 0.0})))
+    assert hopeless["big"] == pytest.approx(0.1 * 100, abs=1)
+    untried = Counter(call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=needs, worth={"small": 30.0, "big": None})))
+    assert untried["big"] == pytest.approx(50, abs=1)
+
+
+def test_a_sample_names_the_teacher_that_answered() -> None:
+    class StoodIn(FakeContext):
+        def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
+            for answer in super().ask(calls):
+                yield answer.model_copy(update={"teacher": "spare"})
+
+    ctx = StoodIn(seeds=bank(), needs=[Need(missing=2, label="failed_transfer")], answers=lambda call: " It failed again\n")
+    samples, _ = made(Compose(per_call=1, template="label-completion"), ctx)
+    assert {sample.provenance.teacher for sample in samples} == {"spare"}
