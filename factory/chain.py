@@ -13,11 +13,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 
@@ -33,7 +34,9 @@ from factory.store import SAMPLES, VERDICTS, append_json, failures_frame, read_f
 from schemas.call import Answer, Call
 from schemas.sample import Failure, Sample
 
+T = TypeVar("T")
 Lane = queue.SimpleQueue[Sample | pl.DataFrame | None]  # from a stage to the next; None: the end
+BATCHES_AT_ONCE = 8  # of a filter that asks
 BUDGET_SPENT = "budget spent"
 _ENOUGH_TO_GIVE_UP = 20  # unanswered calls, when they are also more than the answered ones of a stage
 
@@ -177,18 +180,22 @@ class Stages:
         given, new = [VERDICTS.to_frame()], [SAMPLES.to_frame().select("id")]
         start = time.monotonic()
         working = 0.0
-        batches = _batches(lane) if stage.scope == "sample" else iter([_drained(lane)])
-        for batch in batches:
+
+        def judge(batch: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, float]:
             self.check_abort()
             began = time.monotonic()
             asked = batch if stage.scope != "pool" else pl.concat([world.kept, batch])
             if done is None:
                 verdicts = stage.judge(asked, ctx).with_columns(by=pl.lit(line.folder)) if asked.height else VERDICTS.to_frame()
-                _one_verdict_each(line, asked, verdicts)
             else:
                 verdicts = done.join(asked.select("id"), left_on="sample", right_on="id", how="semi")
-                _one_verdict_each(line, asked, verdicts)
-            working += time.monotonic() - began
+            _one_verdict_each(line, asked, verdicts)
+            return batch, verdicts, time.monotonic() - began
+
+        asks = type(stage).questions is not Filter.questions
+        batches = _batches(lane) if stage.scope == "sample" else iter([_drained(lane)])
+        for batch, verdicts, seconds in _at_once(judge, batches, BATCHES_AT_ONCE) if asks and done is None else map(judge, batches):
+            working += seconds
             given.append(verdicts)
             new.append(batch.select("id"))
             kept = batch.join(verdicts.filter("keep").select("sample"), left_on="id", right_on="sample", how="semi", maintain_order="left")
@@ -280,6 +287,7 @@ class _StageContext:
         self.seeds, self.kept, self.needs, self.worth = world.seeds, world.kept, world.needs, world.worth
         self.teachers = tuple(stages.recipe.teachers)
         self.tally = Tally()
+        self._counting = threading.Lock()  # batches of a filter may be judged at once
         self._drains = isinstance(line.stage, Filter)
         self._state = next(s for s in stages.state.stages if s.folder == line.folder)
 
@@ -291,7 +299,8 @@ class _StageContext:
         def pull() -> Iterator[Call]:
             for call in source:
                 pulled[id(call)] = call
-                self.tally.asked += 1
+                with self._counting:
+                    self.tally.asked += 1
                 yield call
 
         try:
@@ -308,6 +317,10 @@ class _StageContext:
                 yield self._counted(Answer(call=call, key=key, reply=None, error=BUDGET_SPENT))
 
     def _counted(self, answer: Answer) -> Answer:
+        with self._counting:
+            return self._count(answer)
+
+    def _count(self, answer: Answer) -> Answer:
         tally = self.tally
         tally.calls.add(answer.key)
         if answer.reply is None:
@@ -351,6 +364,30 @@ class _StageContext:
 
 def _bind(body: Callable[..., None], *args: Any) -> Callable[[], None]:
     return lambda: body(*args)
+
+
+def _at_once(judge: Callable[[pl.DataFrame], T], batches: Iterator[pl.DataFrame], most: int) -> Iterator[T]:
+    """What `judge` says of each batch, as it is ready: one whose teacher hangs holds up none that come after it."""
+    ready: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()
+    room = threading.Semaphore(most)
+
+    def feed() -> None:
+        begun: list[Future[T]] = []
+        try:
+            for batch in batches:
+                room.acquire()
+                begun.append(pool.submit(judge, batch))
+                begun[-1].add_done_callback(ready.put)
+            wait(begun)
+        finally:
+            ready.put(None)  # behind all of them: a future calls back before those that wait for it go on
+
+    with ThreadPoolExecutor(most, thread_name_prefix="judge") as pool:
+        feeder = threading.Thread(target=feed, name="feed", daemon=True)
+        feeder.start()
+        while (done := ready.get()) is not None:
+            room.release()
+            yield done.result()
 
 
 def _batches(lane: Lane) -> Iterator[pl.DataFrame]:

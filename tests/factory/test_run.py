@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -545,3 +546,35 @@ def test_what_a_teacher_gave_for_its_money_is_known_in_the_next_round(tmp_path: 
     dear = Scripted(price=Price(input_usd_per_mtok=0, output_usd_per_mtok=1_000_000))  # two dollars an answer
     run(recipe(tmp_path, Watching(), First(), teacher=dear, accepted=2, balance=None, rounds=2), tmp_path / "mill", view="quiet")
     assert seen == [{"t": None}, {"t": 1 / (2 * 4)}]
+
+
+def test_a_judge_whose_first_question_hangs_holds_up_no_row_behind_it(tmp_path: Path) -> None:
+    passed: list[str] = []
+    enough = threading.Event()
+
+    class Hanging(Filter):
+        """Asks, and does not end with its first batch before it has seen rows of later ones."""
+
+        key = "hanging"
+
+        def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Call]:
+            yield from ()
+
+        def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+            if not passed:
+                passed.append("first")
+                assert enough.wait(20), "nothing came past the batch that hangs"
+            passed.extend(samples["id"])
+            if len(passed) > 3:
+                enough.set()
+            return verdicts_from(samples["id"], keep=pl.Series([True] * samples.height, dtype=pl.Boolean))
+
+    class Dripping(Words):
+        key = "dripping"
+
+        def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+            for item in super().generate(samples, ctx):
+                yield item
+                time.sleep(0.005)
+
+    assert turn(tmp_path, Dripping(), Hanging()).status["status"] == "done"
