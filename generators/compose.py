@@ -24,6 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from factory.errors import GristmillError
 from factory.recipe import did_you_mean
 from factory.stage import Context, Generator, Need, RecipeFile, TeacherNames
+from factory.structured import schema_of
 from generators.parse import How, Item, Parsed, continued, parse
 from schemas.call import Answer, Call, Params
 from schemas.sample import Failure, Message, Provenance, Role, Sample
@@ -73,6 +74,10 @@ class Compose(Generator):
         (), description="who is asked: names, in equal shares, or names with their weights; all of the recipe by default"
     )
     by: Literal["weight", "yield"] = "weight"
+    output_schema: Annotated[Path | None, RecipeFile()] = Field(
+        None, description="what every output is to be: a JSON schema (.json, .yaml), or a .py file with a pydantic model"
+    )
+    output_model: str | None = Field(None, description="the model's class, where output_schema is a .py file")
     template: str = "auto"
     template_file: Annotated[Path | None, RecipeFile()] = None
     form: Form | None = None
@@ -141,6 +146,7 @@ class Compose(Generator):
         seeds = _Seeds(ctx.seeds if self.show == "seeds" else samples.filter(~pl.col("holdout")), self.labels)
         path = self.template_file or TEMPLATES / f"{self._template_for(seeds.task)}.j2"
         wording = _Wording(read_template(path), self.form or ("completion" if path.stem.endswith("completion") else "chat"))
+        schema = self._schema(seeds.task, wording.form, ctx)
         places = [self._prompts(need, seeds, samples, ctx) for need in ctx.needs if need.missing > 0]
         drawn: Counter[str] = Counter()
         questions = []
@@ -149,7 +155,8 @@ class Compose(Generator):
             draw = ctx.round * _DRAWS_A_ROUND + drawn[text]
             drawn[text] += 1  # by text and not by teacher: two names may stand for one model
             asked: dict[str, Any] = {"prompt": text} if wording.form == "completion" else {"messages": _turns(text)}
-            call = Call(teacher=prompt.teacher, params=self._params(prompt, seeds, path.stem), draw=draw, ref=str(ref), **asked)
+            params = self._params(prompt, seeds, path.stem)
+            call = Call(teacher=prompt.teacher, params=params, json_schema=schema, draw=draw, ref=str(ref), **asked)
             where = Provenance(
                 origin="made",
                 generator=ctx.stage,
@@ -162,6 +169,19 @@ class Compose(Generator):
             system = _system(prompt.examples[0]) if prompt.examples else ""
             questions.append(_Question(call, seeds, self._how(path.stem), self.per_call, prompt.label, system, where))
         return questions
+
+    def _schema(self, task: Task, form: Form, ctx: Context) -> dict[str, Any] | None:
+        """The schema of a whole answer: a list of items whose outputs are as `output_schema` says."""
+        if self.output_schema is None:
+            return None
+        if task != "pairs" or form != "chat":
+            why = "output_schema is for outputs that a teacher writes in a chat"
+            raise GristmillError(why, where=ctx.stage, next="Remove it, or bring seeds with outputs and use a chat template.")
+        name = self.output_schema.name + (f":{self.output_model}" if self.output_model else "")
+        output = dict(schema_of(name, self.output_schema.parent))
+        shared = {"$defs": output.pop("$defs")} if "$defs" in output else {}  # references to them start at the root
+        item = _object({"input": {"type": "string"}, "output": output})
+        return _object({"items": {"type": "array", "items": item}}) | shared
 
     def _template_for(self, task: Task) -> str:
         return f"{'text' if task == 'inputs' else task}-{self.form or 'chat'}" if self.template == "auto" else self.template
@@ -379,6 +399,10 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 def _system(row: dict[str, Any]) -> str:
     turns = row["messages"]
     return str(turns[0]["content"]) if turns and turns[0]["role"] == "system" else ""
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
 def _plain(label: str) -> str:

@@ -437,3 +437,33 @@ def test_a_sample_names_the_teacher_that_answered() -> None:
     ctx = StoodIn(seeds=bank(), needs=[Need(missing=2, label="failed_transfer")], answers=lambda call: " It failed again\n")
     samples, _ = made(Compose(per_call=1, template="label-completion"), ctx)
     assert {sample.provenance.teacher for sample in samples} == {"spare"}
+
+
+PERSON = '{"type": "object", "properties": {"age": {"$ref": "#/$defs/age"}}, "required": ["age"], "$defs": {"age": {"type": "integer"}}}'
+
+
+@pytest.mark.parametrize(("file", "text", "model"), [("p.json", PERSON, None), ("p.py", "", "Person")])
+def test_a_schema_of_the_outputs_is_asked_for_of_every_answer(tmp_path: Path, file: str, text: str, model: str | None) -> None:
+    from factory.structured import fit
+
+    person = "from pydantic import BaseModel\n\n\nclass Age(BaseModel):\n    years: int\n\n\nclass Person(BaseModel):\n    age: Age\n"
+    (tmp_path / file).write_text(text or person)
+    right = {"age": {"years": 7}} if model else {"age": 7}
+    answer = json.dumps({"items": [{"input": "Ann is seven.", "output": right}]})
+    stage = Compose(output_schema=tmp_path / file, output_model=model, per_call=1)
+    ctx = FakeContext(seeds=pairs(), needs=[Need(missing=1, rate=1.0)], answers=lambda call: answer)
+    samples, failures = made(stage, ctx)
+    schema = ctx.asked[0].json_schema
+    assert schema is not None
+    assert fit(answer, schema).text
+    assert "integer" in str(fit(answer.replace("7", '"seven"'), schema).problem)
+    assert [(sample.input, json.loads(sample.output), failures) for sample in samples] == [
+        ("system: Be brief.\nuser: Ann is seven.", right, [])
+    ]
+
+
+def test_a_schema_of_outputs_needs_outputs_that_are_written(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(PERSON)
+    for seeds in (bank(), texts()):
+        with pytest.raises(GristmillError, match="output_schema is for outputs"):
+            calls(Compose(output_schema=tmp_path / "p.json"), FakeContext(seeds=seeds, needs=[Need(missing=1)]))
