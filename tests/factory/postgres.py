@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -51,11 +50,11 @@ def _sockets() -> Path | None:
     made = [programs / "initdb", "-D", folder / "data", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync", "-A", "trust"]
     subprocess.run(made, check=True, capture_output=True, cwd="/", **as_user)  # type: ignore[call-overload]
     options = [word for option in ("listen_addresses=", f"unix_socket_directories={folder}", *UNSAFE) for word in ("-c", option)]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(  # type: ignore[call-overload]
-            [programs / "postgres", "-D", folder / "data", *options], stdout=log, stderr=log, cwd="/", **as_user
-        )
-    atexit.register(_stop, server, folder)
+    # Beside us, under a shell that ends it and clears up once our end of the pipe is closed, however we end.
+    watch = 'folder=$1; shift; "$@" >"$folder/log" 2>&1 & cat >/dev/null; kill -INT $!; wait $!; rm -rf "$folder"'
+    command = ["sh", "-c", watch, "sh", folder, programs / "postgres", "-D", folder / "data", *options]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, cwd="/", start_new_session=True, **as_user)  # type: ignore[call-overload]
+    atexit.register(_stop, server)
     for _ in range(400):
         try:
             psycopg.connect(f"postgresql://postgres@/postgres?host={folder}").close()
@@ -66,7 +65,7 @@ def _sockets() -> Path | None:
     raise RuntimeError((folder / "log").read_text())
 
 
-def _stop(server: subprocess.Popen[bytes], folder: Path) -> None:
-    server.send_signal(signal.SIGINT)  # its fast shutdown
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    assert server.stdin
+    server.stdin.close()
     server.wait(30)
-    shutil.rmtree(folder, ignore_errors=True)
