@@ -439,6 +439,47 @@ def test_a_reading_that_comes_late_does_no_harm() -> None:
     assert pace.wait_s(1, 0.2) > 0
 
 
+def test_a_full_bucket_takes_nothing_in_while_a_burst_is_on_its_way() -> None:
+    pace = fresh(concurrency=200)
+    for missing in (1, 50):  # which tells that it is a bucket, and its rate: 100 a second
+        pace.heard(pace.send(1, 0.0), 0.1, [Reading("requests", 100, 100 - missing, missing / 100)], tokens=1)
+    sent = 0
+    while pace.wait_s(1, 10.0) == 0:
+        pace.send(1, 10.0)
+        sent += 1
+    assert sent == 99
+    assert pace.wait_s(1, 10.2) > 0
+    assert pace.wait_s(1, 10.8) == 0
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5])
+def test_the_smallest_buckets_are_used_as_well(capacity: int) -> None:
+    out = drive([(TokenBuckets({"requests": (capacity, 0.2)}), fresh())], 1200, short)
+    assert len(out.refused) <= 1
+    assert len(out.sent) >= 0.95 * (capacity + 0.2 * 1200)
+
+
+def test_a_refusal_that_the_headers_explain_is_not_learned_from() -> None:
+    pace = fresh(concurrency=4)
+    pace.heard(pace.send(1, 0.0), 0.1, [Reading("requests", 600, 10, 59.0)], tokens=1)
+    for _ in range(2):  # somebody else was faster
+        pace.refused(pace.send(1, 0.1), 0.2, [Reading("requests", 600, 0, 60.0)], None)
+    assert "learned" not in pace.describe()
+    assert pace.wait_s(1, 0.2) > 0
+
+
+def test_the_turn_of_a_window_that_is_over_is_not_waited_for() -> None:
+    """An answer that took long tells of the window before, which turned meanwhile: that lets nothing through in the new one."""
+    pace = fresh()
+    early, late = pace.send(1, 50.0), pace.send(1, 58.0)
+    pace.heard(early, 50.1, [Reading("requests", 50, 1, 9.9)], tokens=1)
+    pace.heard(pace.send(1, 61.0), 61.1, [Reading("requests", 50, 3, 58.9)], tokens=1)
+    while pace.wait_s(1, 61.2) == 0:
+        pace.send(1, 61.2)
+    pace.heard(late, 63.0, [Reading("requests", 50, 0, 2.0)], tokens=1)
+    assert pace.wait_s(1, 66.0) > 10
+
+
 # From the recipe.
 
 
@@ -507,6 +548,11 @@ def test_hidden_windows_are_learned(latency: Latency) -> None:
         out = drive([(server, fresh())], 1200, latency)
         assert out.goodput(since=500) >= least * 10
         assert out.refusals(since=500) < 0.03
+
+
+def test_a_hidden_rate_leaves_the_number_in_flight_alone() -> None:
+    drive([(HiddenRate(60, 5), pace := fresh())], 120, short)
+    assert "requests a minute, learned; 100 at once" in pace.describe()
 
 
 @pytest.mark.parametrize("retry_after_s", [None, 1.0])
@@ -613,3 +659,27 @@ def test_whatever_a_server_says_there_is_an_end_to_waiting(seed: int) -> None:
         now += rng.choice([0.0, 0.0, 0.01, 3.0])
         assert pace.in_flight == len(flying)
         assert pace.describe()
+
+
+def test_a_limit_a_minute_that_is_kept_in_a_smaller_bucket_is_seen_for_what_it_is() -> None:
+    """600 a minute are told, and of them 9 are left after the first request: full again in 100 ms, it holds 10."""
+    pace = fresh(concurrency=100)
+    pace.heard(pace.send(1, 0.0), 0.1, [Reading("requests", 600, 9, 0.1)], tokens=1)
+    burst = 0
+    while pace.wait_s(1, 0.2) == 0:
+        pace.send(1, 0.2)
+        burst += 1
+    assert burst <= 9
+    assert pace.wait_s(1, 0.2) > 0
+
+
+def test_headers_that_lead_from_refusal_to_refusal_are_not_followed_for_ever() -> None:
+    pace = fresh(concurrency=4)
+    pace.heard(pace.send(1, 0.0), 0.1, [Reading("requests", 600, 500, 0.01)], tokens=1)
+    now, refused = 0.1, 0
+    while now < 20:
+        now += min(1.0, pace.wait_s(1, now))
+        if pace.wait_s(1, now) == 0:
+            pace.refused(pace.send(1, now), now + 0.01, [Reading("requests", 600, 0, 0.01)], None)
+            now, refused = now + 0.01, refused + 1
+    assert refused < 60
