@@ -143,7 +143,7 @@ def words_of(call: Call) -> str:
 
 
 def choose(questions: Sequence[Put], n: int, seed: int) -> list[Put]:
-    """`n` of the questions, by a seeded draw that takes of every generator's questions to every teacher, and of every place, about their share.
+    """`n` of the questions, by a seeded draw: of every generator's questions to every teacher, and of every place, about their share.
 
     Inside of one of these the first are taken, each prompt once before any twice: their order is already random, and what a
     generator varies in turn (axes, wordings) is then balanced as well.

@@ -442,8 +442,9 @@ def test_kill_9_loses_no_settled_answer_and_repeats_none(after: int, server: Moc
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert {question: answer for question, answer, _ in rows} == {f"question {n}": f"answer to question {n}" for n in range(200)}
-    assert {question for question, _, fresh in rows if fresh == "False"} == settled
-    assert all(server.answered[question] == 1 for question in settled)
+    known = {question for question, _, fresh in rows if fresh == "False"}
+    assert settled <= known  # and what had arrived and was not committed yet, from the spool
+    assert all(server.answered[question] == 1 for question in known)
     assert max(server.answered.values()) <= 2  # what was in flight may have been answered, and is asked anew
     with Ledger.open(ledger_file) as ledger:
         [total] = ledger.sums("run")
