@@ -33,7 +33,7 @@ WHY = """
 ## Why the official clients are not in the hot path
 
 The `openai` client costs {theirs:.2f} ms of CPU a call; our whole gateway, ledger included, {own:.2f} ms. On one core that is the
-difference between hundreds and thousands of calls a second. They serve where speed does not matter (Azure's older deployments), and
+difference between hundreds and thousands of calls a second. They serve where speed does not matter (batches, Azure's older deployments), and
 in tests they prove our mock servers right."""
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from factory.errors import TeacherFault
 from factory.ledger import Known, Ledger, LeftBatch, Question
@@ -22,10 +22,13 @@ from factory.prices import cost
 from factory.teacher import BatchConnection, Batching, BatchItem, BatchStatus, Teacher
 from schemas.call import Call, Reply
 
+T = TypeVar("T")
+
 QUIET_S = 0.5  # nothing new came for so long: what is collected is submitted
 MOST_BYTES = 90 << 20  # of the questions of one batch; OpenAI takes files of 200 MB, Anthropic 256 MB, and escapes make them longer
 SUBMITTING_S = 5.0  # how long `close` waits for a submission that is under way
 PAUSE_S, PAUSE_CAP_S = 0.5, 300.0  # after a fault of the provider
+TOGETHER = 500  # results that are settled at once
 BATCHES_AHEAD = 3  # that one teacher's calls are pulled for, since each may take a day
 WITHIN_H = 24.0  # both providers' promise
 
@@ -154,7 +157,7 @@ class Batcher:
             if batch.provider_id is None:
                 words.append(f"looking for batch {batch.mark}" if batch.adopted else f"submitting a batch of {batch.calls:,}")
             else:
-                done, total = batch.status[1:] if batch.status else (0, 0)
+                done, total = batch.status[1:3] if batch.status else (0, 0)
                 words.append(f"batch {batch.provider_id}: {done:,} of {total or batch.calls:,} done")
         return "; ".join(words) or "no batch under way"
 
@@ -226,15 +229,15 @@ class Batcher:
             try:
                 batch.provider_id = await connection.submit(batch.mark, items)
             except TeacherFault as fault:
-                faults += 1
                 if fault.kind in ("never", "stop"):  # a refusal: there is no such batch
                     await self._end_all(batch, fault)
                     return
-                if faults > self.teacher.retries and not fault.paid:
-                    await self._end_all(batch, fault)
-                    return
-                await asyncio.sleep(max(fault.retry_after_s or 0, min(PAUSE_S * 2 ** min(faults, 20), PAUSE_CAP_S)))
+                faults += 1
+                await _pause(faults, fault)
                 batch.provider_id = await self._found(batch)  # it may have got there all the same
+                if batch.provider_id is None and faults > self.teacher.retries:
+                    await self._end_all(batch, TeacherFault(fault.kind, str(fault)))
+                    return
         await self._ledger.batch_submitted(batch.mark, batch.provider_id)
         self._submitting.discard(batch)
 
@@ -263,16 +266,15 @@ class Batcher:
             batch.status = await self._patiently(lambda: connection.status(provider_id))
             if batch.status is None:
                 fault = TeacherFault("again", f"the provider knows no batch {provider_id} any more", paid=True)
-                return await self._end_all(batch, fault)
+                await self._end_all(batch, fault)
+                return
             if batch.status.ended:
                 break
             await asyncio.sleep(self.batching.poll_s)
-        try:
-            await self._patiently(lambda: self._read(batch, provider_id, connection))
-        except TeacherFault as fault:
-            if not str(fault).startswith(REFUSED):
-                raise
-            return await self._end_all(batch, fault)
+        if batch.status.refused:
+            await self._end_all(batch, batch.status.refused)
+            return
+        await self._patiently(lambda: self._read(batch, provider_id, connection))
         await self._end_all(batch, TeacherFault("again", "the batch ended without a word of it", paid=True))
 
     async def _read(self, batch: _Batch, provider_id: str, connection: BatchConnection) -> None:
@@ -306,8 +308,28 @@ class Batcher:
         self._closed(waiting.key)
         return known
 
+    async def _patiently(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do it again until the provider answers; one that never does is a fault of the kind "stop"."""
+        faults = 0
+        while True:
+            try:
+                return await work()
+            except TeacherFault as fault:
+                faults += 1
+                if fault.kind in ("never", "stop") or faults > self.teacher.retries:
+                    raise TeacherFault("stop", str(fault)) from fault
+                await _pause(faults, fault)
+
     async def _connected(self) -> BatchConnection:
         async with self._opening:
             if self._connection is None:
                 self._connection = await self._connections.enter_async_context(self.batching.connect(self._home))
         return self._connection
+
+
+def _custom_id(mark: str, entry: int) -> str:
+    return f"{mark}-{entry}"
+
+
+async def _pause(faults: int, fault: TeacherFault) -> None:
+    await asyncio.sleep(max(fault.retry_after_s or 0, min(PAUSE_S * 2 ** min(faults, 20), PAUSE_CAP_S)))

@@ -289,6 +289,7 @@ class _Play:
         self.seconds, self.end = 0.0, "done"
         self._repeats = outlook.repeats.draw(rng) if outlook.repeats else None
         self._copies = outlook.copies.draw(rng) if outlook.copies else None
+        self._levels = np.exp(rng.standard_normal(len(outlook.sources)) * _unseen_spread(outlook.sources))
         self._weights = [_weights(source.answers, len(self.places), rng) for source in outlook.sources]
         self._sieve_weights = [rng.dirichlet(np.ones(len(sieve.answers))) if sieve.answers else None for sieve in outlook.sieves]
 
@@ -322,10 +323,11 @@ class _Play:
         calls = [source.first for source in self.outlook.sources] if number == 1 else self._calls()
         items = np.zeros(len(self.places))
         generating: dict[str, float] = {}
-        for source, n, weights in zip(self.outlook.sources, calls, self._weights, strict=True):
+        for source, n, weights, level in zip(self.outlook.sources, calls, self._weights, self._levels, strict=True):
             drawn = self.rng.multinomial(n, weights)
             items += drawn @ np.array([answer.items for answer in source.answers])
-            wall = self._ask(source.stage, source.teacher, drawn, source.answers, source=source, free=source.free if number == 1 else 0.0)
+            free = source.free if number == 1 else 0.0
+            wall = self._ask(source.stage, source.teacher, drawn, source.answers, source=source, level=level, free=free)
             generating[source.stage] = max(generating.get(source.stage, 0.0), wall)
         made, good = self._filtered(np.rint(items).astype(np.int64), generating)
         if number == 1:
@@ -390,9 +392,13 @@ class _Play:
         answers: Sequence[Answered],
         *,
         source: Source | None = None,
+        level: float = 1.0,
         free: float = 0.0,
     ) -> float:
-        """Put calls, of which `drawn` says how often each seen answer comes, on the bill; gives the seconds that they take."""
+        """Put calls, of which `drawn` says how often each seen answer comes, on the bill; gives the seconds that they take.
+
+        `level`: how long the source's answers are, beside those seen.
+        """
         per: Numbers = np.array(
             [[1.0, a.tokens_in, a.tokens_out, math.nan if a.micro_usd is None else a.micro_usd, a.seconds] for a in answers]
         )
@@ -403,8 +409,8 @@ class _Play:
         if source:  # the questions to come are known to the byte, and only what is answered to them is not
             a_byte = per[:, 1] / np.array([max(answer.size, 1) for answer in answers])
             tokens_in = float((drawn * a_byte).sum(axis=1) @ source.size)
-            bill[3] += (tokens_in - bill[1]) * source.micro_usd_a_token_in
-            bill[1] = tokens_in
+            answered = bill[3] - bill[1] * source.micro_usd_a_token_in
+            bill[1], bill[2], bill[3] = tokens_in, bill[2] * level, tokens_in * source.micro_usd_a_token_in + answered * level
         lane, n = self.outlook.lanes[teacher], float(times.sum()) * (1 - free)
         bill[3:] *= 1 - free
         self.bill[stage, teacher] = self.bill.get((stage, teacher), np.zeros(5)) + bill
@@ -426,3 +432,17 @@ def _weights(answers: Sequence[Answered], places: int, rng: np.random.Generator)
     n = len(answers)
     weights = base * np.maximum(rng.standard_gamma(max(n - 2, 0.5) / n, n), 1e-9)
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def _unseen_spread(sources: Sequence[Source]) -> Numbers:
+    """By how much more than its answers show the mean length of a source's answers may be off, as a share of it.
+
+    Three answers may be alike by chance: what varies less than the answers of all sources do is believed to vary as those.
+    """
+    lengths = [np.array([answer.tokens_out for answer in source.answers]) for source in sources]
+    freedom = np.array([len(each) - 1 for each in lengths])
+    spread = np.array([(each.std(ddof=1) / max(each.mean(), 1)) ** 2 if len(each) > 1 else 0.0 for each in lengths])
+    if not freedom.sum():
+        return np.zeros(len(sources))
+    usual = (spread * freedom).sum() / freedom.sum()
+    return np.asarray(np.sqrt(np.maximum(usual - spread, 0) / (freedom + 1)))

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 import uvloop
 
+from factory.batch import BATCHES_AHEAD, Batcher
 from factory.errors import BudgetSpent, RunError, TeacherDown, TeacherFault
 from factory.ledger import Known, Ledger, Place, Question
 from factory.line import Away, Dropped, Line, Turn, describe
@@ -55,11 +56,16 @@ class Estimate:
     micro_usd: int | None
 
 
-def estimate(call: Call, teacher: Teacher) -> Estimate:
-    """What `call` may cost with this teacher; the gateway reserves the worst, a plan shows both."""
+def estimate(call: Call, teacher: Teacher, *, batch: bool | None = None) -> Estimate:
+    """What `call` may cost with this teacher; the gateway reserves the worst, a plan shows both.
+
+    `batch`: asked in a batch, or not; None: as the teacher's `mode` says.
+    """
+    batching = teacher.batching()
+    batch = (batching is not None and batching.on) if batch is None else batch
     worst = _worst_tokens(filled(call, teacher))
     typical = math.ceil(_bytes(call) / BYTES_A_TOKEN) + 4 * len(call.messages), math.ceil(worst[1] / 2)
-    money = [worst_cost(teacher.known_price(tokens[0]), *tokens) for tokens in (worst, typical)]
+    money = [worst_cost(teacher.known_price(tokens[0]), *tokens, batch=batch) for tokens in (worst, typical)]
     return Estimate(*worst, *typical, *money)
 
 
@@ -115,13 +121,23 @@ class _Desk:
         self.identity: tuple[str, str] | None = None
         self.identifying = asyncio.Lock()
         self.counts = dict.fromkeys(Tally.__dataclass_fields__, 0)
-        self.window = READ_AHEAD + 2 * line.slots
+        self.batcher: Batcher | None = None  # of a teacher that can be asked in batches, also while it is asked live
+        batching = teacher.batching()
+        self.batch = batching is not None and batching.on
+        self.window = BATCHES_AHEAD * batching.size if batching and batching.on else READ_AHEAD + 2 * line.slots
         self.ahead = asyncio.Semaphore(self.window)  # calls that may be entered at once
         self._filled: dict[int, tuple[Params, Params]] = {}
 
     def count(self, **more: int) -> None:
         for name, n in more.items():
             self.counts[name] += n
+
+    def describe(self) -> str:
+        """How fast it is asked, or how far its batches are."""
+        return self.batcher.describe() if self.batch and self.batcher else describe(self.line.ways)
+
+    def bought(self, reply: Reply, price: int | None) -> None:
+        self.count(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, micro_usd=price or 0)
 
     def sent(self, call: Call) -> Call:
         """`filled`, remembered by the params object: a stage gives one to all of its calls."""
@@ -152,6 +168,8 @@ class Gateway:
         self._inbox: deque[tuple[Call, _Asking]] = deque()
         self._inbox_seen = True
         self._under_way: dict[str, asyncio.Event] = {}  # keys that are being asked
+        self._left: dict[str, asyncio.Event] = {}  # those of them that are in a batch which an earlier run left
+        self._adopted_at = 0.0
         self._askings: set[_Asking] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._spending = 0  # calls that hold a reservation or are about to
@@ -177,6 +195,7 @@ class Gateway:
             self._wait_for(self._drain(GRACE_S + max((teacher.timeout_s for teacher in self._teachers.values()), default=0)))
         finally:
             self._wait_for(self._drain(0))
+            self._wait_for(self._close_batches())
             self._wait_for(self._connections.aclose())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -222,12 +241,12 @@ class Gateway:
         """The totals so far, for a live view; from any thread."""
         teachers = {name: Tally(**desk.counts) for name, desk in self._desks.items()}
         total = sum(teachers.values(), Tally())
-        paces = {name: describe(desk.line.ways) for name, desk in self._desks.items()}
+        paces = {name: desk.describe() for name, desk in self._desks.items()}
         return Snapshot(**{name: getattr(total, name) for name in Tally.__dataclass_fields__}, teachers=teachers, paces=paces)
 
     def _wants(self, waiting: Counter[str]) -> bool:
         """Whether an ask should bring more calls: while any teacher has room, since the next call may be for it."""
-        if waiting.total() >= MOST_WAITING:
+        if waiting.total() >= max([MOST_WAITING, *(desk.window for desk in self._desks.values())]):
             return False
         return any(waiting[name] < desk.window for name, desk in self._desks.items())
 
@@ -251,7 +270,36 @@ class Gateway:
     async def _open(self) -> None:
         paces: dict[str, Pace] = {}
         for name, teacher in self._teachers.items():
-            self._desks[name] = _Desk(Line(name, teacher, paces, self._freed), teacher)
+            desk = self._desks[name] = _Desk(Line(name, teacher, paces, self._freed), teacher)
+            if batching := teacher.batching():
+                ways = self._ledger, self._home, self._connections
+                desk.batcher = Batcher(name, teacher, batching, *ways, desk.bought, self._batch_closed)
+        await self._adopt()
+
+    async def _adopt(self) -> None:
+        """Look after the batches that an ended process, or an earlier gateway, left behind."""
+        batchers = {desk.batcher.account: desk.batcher for desk in self._desks.values() if desk.batcher}
+        if not batchers:
+            return
+        self._adopted_at = self._loop.time()
+        for left in await self._ledger.adopt([*batchers]):
+            for entry in left.entries:
+                self._spending += 1
+                if entry.key not in self._under_way:
+                    self._left[entry.key] = self._under_way[entry.key] = asyncio.Event()
+            batchers[left.account].attach(left)
+
+    def _batch_closed(self, key: str) -> None:
+        self._release()
+        self._let_go(key)
+
+    def _let_go(self, key: str) -> None:
+        if event := self._left.pop(key, None):
+            del self._under_way[key]
+            event.set()
+
+    async def _close_batches(self) -> None:
+        await asyncio.gather(*(desk.batcher.close() for desk in self._desks.values() if desk.batcher))
 
     def _freed(self, pace: Pace) -> None:
         for desk in self._desks.values():
@@ -263,11 +311,15 @@ class Gateway:
         self._give_change()  # what waits for money is to see that it need not
         for desk in self._desks.values():
             desk.line.drop(asking)
+            if desk.batcher:
+                desk.batcher.drop(asking)
 
     async def _drain(self, grace_s: float) -> None:
         self._take()
         for asking in tuple(self._askings):
             self._stop(asking)
+        for key in [*self._left]:
+            self._let_go(key)
         if self._tasks and grace_s:
             await asyncio.wait(self._tasks, timeout=grace_s)
         for task in self._tasks:
@@ -353,7 +405,8 @@ class Gateway:
             async with desk.ahead:
                 entered = await self._enter(question, sent, desk, asking)
                 if isinstance(entered, int):
-                    return await self._buy(call, sent, question, entered, desk, asking)
+                    buy = self._buy_in_batch if desk.batch else self._buy
+                    return await buy(call, sent, question, entered, desk, asking)
             desk.counts["from_ledger"] += 1
             return _answered(call, question, entered, desk)
         finally:
@@ -373,7 +426,7 @@ class Gateway:
         Waits while another process asks the same, and while the price does not fit and others may yet give change.
         """
         tokens = _worst_tokens(sent)
-        worst = worst_cost(desk.teacher.known_price(tokens[0]), *tokens)
+        worst = worst_cost(desk.teacher.known_price(tokens[0]), *tokens, batch=desk.batch)
         if worst is None and self._budget is not None:
             raise RunError(
                 f"the price of teacher {desk.name!r} is unknown, so the budget can't be kept",
@@ -395,7 +448,7 @@ class Gateway:
                 self._release()  # others may have waited to see whether this one spends
                 if isinstance(entered, Known):
                     return entered
-                await _pause(asking, ELSEWHERE_S)
+                await self._elsewhere(desk, asking)
                 continue
             self._spending -= 1
             if not self._spending and not change.is_set():
@@ -403,6 +456,18 @@ class Gateway:
                 raise self._budget_spent(asking, worst or 0)
             await change.wait()
         raise Dropped
+
+    async def _elsewhere(self, desk: _Desk, asking: _Asking) -> None:
+        """Somebody else asks the same: wait a little; should they die over a batch, it becomes ours."""
+        batcher = desk.batcher
+        if batcher is None:
+            await _pause(asking, ELSEWHERE_S)
+            return
+        if batcher.fault:
+            raise Away(batcher.fault, lasting=True)
+        if self._loop.time() - self._adopted_at > ELSEWHERE_S:
+            await self._adopt()
+        await _pause(asking, batcher.batching.poll_s if desk.batch else ELSEWHERE_S)
 
     def _release(self) -> Literal[False]:
         """A reservation has ended; gives False, for the variable that says whether one is held."""
@@ -451,9 +516,36 @@ class Gateway:
             if held:
                 self._release()
 
+    async def _buy_in_batch(self, call: Call, sent: Call, question: Question, entry: int, desk: _Desk, asking: _Asking) -> Answer:
+        """As `_buy`, by batches: the batcher closes every entry, and tells of it, so that nothing is held here."""
+        assert desk.batcher is not None
+        retries = 0
+        while True:
+            desk.counts["in_flight"] += 1
+            try:
+                return _answered(call, question, await desk.batcher.ask(entry, question, sent, asking), desk, fresh=True)
+            except TeacherFault as fault:
+                if fault.kind == "stop":
+                    raise Away(fault, lasting=True) from fault
+                retries += fault.kind == "again"
+                if fault.kind == "never" or retries > desk.teacher.retries:
+                    return _answered(call, question, None, desk, error=str(fault))
+                if fault.kind == "later":
+                    await _pause(asking, desk.batcher.batching.poll_s)
+            finally:
+                desk.counts["in_flight"] -= 1
+            entered = await self._enter(question, sent, desk, asking)
+            if isinstance(entered, Known):
+                return _answered(call, question, entered, desk)
+            entry = entered
+
     async def _ask_at(self, turn: Turn, entry: int, sent: Call, desk: _Desk) -> Heard:
+        try:
+            self._ledger.sending(entry)
+        except BaseException:
+            desk.line.ended(turn, None)
+            raise
         desk.counts["in_flight"] += 1
-        self._ledger.sending(entry)
         try:
             return await desk.line.ask(turn, sent, sent.params, self._home, self._connections)
         finally:
@@ -462,10 +554,7 @@ class Gateway:
     async def _settle(self, call: Call, question: Question, entry: int, heard: Heard, seconds: float, desk: _Desk) -> Answer:
         reply = heard.reply
         price = cost(desk.teacher.known_price(reply.tokens_in), reply)
-        counts = desk.counts
-        counts["tokens_in"] += reply.tokens_in
-        counts["tokens_out"] += reply.tokens_out
-        counts["micro_usd"] += price or 0
+        desk.bought(reply, price)
         return _answered(call, question, await self._ledger.settle(entry, reply, price, seconds), desk, fresh=True)
 
     def _down(self, desk: _Desk, asking: _Asking, away: Away) -> TeacherDown:

@@ -65,11 +65,12 @@ class BatchItem(NamedTuple):
 
 
 class BatchStatus(NamedTuple):
-    """How far a batch is; `ended`: its results are there."""
+    """How far a batch is; `ended`: its results are there. `refused`: it was not begun, and has none."""
 
     ended: bool
     done: int
     total: int
+    refused: TeacherFault | None = None
 
 
 class Trace(NamedTuple):
@@ -98,7 +99,7 @@ class BatchConnection(Protocol):
         """How far it is; None: the provider does not know it (any more)."""
 
     def results(self, provider_id: str, calls: Mapping[str, Call]) -> AsyncIterator[tuple[str, Reply | TeacherFault]]:
-        """Each question's end, by custom_id, of a batch that has ended. A fault of the batch as a whole is raised."""
+        """Each question's end, by custom_id, of a batch that has ended."""
 
 
 class Batching(NamedTuple):

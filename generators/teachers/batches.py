@@ -103,16 +103,13 @@ class OpenAIBatches:
             return None
         counts = batch.request_counts
         done, total = (counts.completed + counts.failed, counts.total) if counts else (0, 0)
-        return BatchStatus(batch.status in ("completed", "failed", "expired", "cancelled"), done, total)
+        ended = batch.status in ("completed", "failed", "expired", "cancelled")
+        return BatchStatus(ended, done, total, _refused(batch) if batch.status == "failed" else None)
 
     async def results(self, provider_id: str, calls: Mapping[str, Call]) -> AsyncIterator[tuple[str, Reply | TeacherFault]]:
         batch = await self._retrieve(provider_id)
         if batch is None:
             return
-        if batch.status == "failed":
-            errors = (batch.errors and batch.errors.data) or []
-            said = "; ".join(error.message or error.code or "" for error in errors[:3]) or "no reason given"
-            raise TeacherFault("later" if any(error.code == FULL for error in errors) else "stop", f"the batch was refused: {said}")
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id:
                 async for line in self._lines(file_id):
@@ -232,6 +229,12 @@ class AnthropicBatches:
         import anthropic
 
         return _named(anthropic.APIStatusError, anthropic.AnthropicError, self.url)
+
+
+def _refused(batch: Batch) -> TeacherFault:
+    errors = (batch.errors and batch.errors.data) or []
+    said = "; ".join(error.message or error.code or "" for error in errors[:3]) or "no reason given"
+    return TeacherFault("later" if any(error.code == FULL for error in errors) else "stop", f"the batch was refused: {said}")
 
 
 def _read(read: Callable[[], Reply], answer: object) -> Reply | TeacherFault:
