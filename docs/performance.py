@@ -33,8 +33,8 @@ WHY = """
 ## Why the official clients are not in the hot path
 
 The `openai` client costs {theirs:.2f} ms of CPU a call; our whole gateway, ledger included, {own:.2f} ms. On one core that is the
-difference between hundreds and thousands of calls a second. They serve where speed does not matter (batches, Azure's older deployments), and
-in tests they prove our mock servers right."""
+difference between hundreds and thousands of calls a second. They serve where speed does not matter (batches, Azure's older
+deployments), and in tests they prove our mock servers right."""
 
 
 def results(name: str) -> dict[str, Any]:
