@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from factory import rounds
+from factory.batch import WITHIN_H
 from factory.errors import GristmillError, StoreError
 from factory.forecast import ASSUMED_RATE, Answered, Asks, Forecast, Had, Lane, Outlook, Sieve, Source, Span, forecast
 from factory.gateway import estimate
@@ -371,7 +372,8 @@ def _last_run(recipe: Recipe, home: Path, quota: Mapping[str, int]) -> _Past | N
 
 def plan_table(recipe: Recipe, home: Path, *, asking: int | None = None) -> RenderableType:
     """The plan as a table for a terminal; `asking` as in `make_plan`."""
-    plan = make_plan(recipe, home, asking=asking)
+    with Console(stderr=True).status(f"asking {asking} questions") if asking else nullcontext():  # seen on a terminal alone
+        plan = make_plan(recipe, home, asking=asking)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("stage", "asks", "calls", "in ledger", "tokens in", "tokens out", "cost", "at most", "time"):
         table.add_column(name, justify="left" if name in ("stage", "asks") else "right")
@@ -387,7 +389,14 @@ def plan_table(recipe: Recipe, home: Path, *, asking: int | None = None) -> Rend
             dollars(e.worst_micro_usd),
             duration(e.seconds),
         )
-    lines = [_total(plan), *_probe_lines(plan), *_ends(plan), "this rests on: " + "; ".join(plan.assumptions), _standing(recipe, home)]
+    lines = [
+        _total(plan),
+        *_probe_lines(plan),
+        *_batch_lines(plan),
+        *_ends(plan),
+        "this rests on: " + "; ".join(plan.assumptions),
+        _standing(recipe, home),
+    ]
     return Group(Text(_seeds_line(plan)), Text(), table, Text(), *(Text(line) for line in lines))
 
 
@@ -419,6 +428,22 @@ def _probe_lines(plan: Plan) -> list[str]:
     asked = f"the probe asked {probed.calls} calls" + (f" ({probed.known} more were in the ledger)" if probed.known else "")
     good = f"of its {probed.samples} samples {sum(int(n) for n in probed.had.good)} are good"
     return [f"{asked} for {dollars(probed.micro_usd)}, which is part of the above; {good}, and the run finds them"]
+
+
+def _batch_lines(plan: Plan) -> list[str]:
+    """Live against batch, for each teacher that can be asked either way."""
+    lines = []
+    for name, teacher in plan.recipe.teachers.items():
+        mine = [e for e in plan.estimates if e.teacher == name]
+        batching, price = teacher.batching(), teacher.known_price()
+        if not mine or batching is None or price is None or not price.batch:
+            continue
+        told = sum(e.micro_usd or 0 for e in mine)
+        live, batch = (told / price.batch, told) if batching.on else (told, told * price.batch)
+        hours = f"up to {WITHIN_H:.0f} hours a round"
+        time = hours if batching.on else f"{hours} instead of about {duration(sum(e.seconds for e in mine))}"
+        lines.append(f"{name}: {_money(batch)} in batches against {_money(live)} live; batches take {time}")
+    return lines
 
 
 def _ends(plan: Plan) -> list[str]:

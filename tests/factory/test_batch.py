@@ -302,3 +302,25 @@ def test_the_budget_holds_for_batches(kind: str, server: BatchServer, ledger: Le
         asked(gateway, questions(20))
     assert 3 * worst >= ledger.spent("r") > 2 * worst
     assert server.questions.total() == ledger.spent("r") / 42
+
+
+def test_a_plan_shows_batches_against_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from factory.plan import plan_table
+    from factory.recipe import load_recipe
+
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    seed = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "greeting"}]}\n'
+    (tmp_path / "seeds.jsonl").write_text(seed)
+    (tmp_path / "recipe.yaml").write_text(
+        "name: tiny\ntarget: {accepted: 1000}\n"
+        "teachers:\n  big: {kind: openai, model: m, price: {input_usd_per_mtok: 100, output_usd_per_mtok: 1000}}\n"
+        "stages:\n  - seeds: {path: seeds.jsonl}\n  - compose: {teachers: [big]}\n"
+    )
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(plan_table(load_recipe(tmp_path), tmp_path / "mill"))
+    found = re.search(r"big: \$([\d.]+) in batches against \$([\d.]+) live; batches take up to 24 hours a round", shown.get())
+    assert found, shown.get()
+    assert float(found[1]) == pytest.approx(float(found[2]) / 2, abs=0.01)
