@@ -90,6 +90,20 @@ def crash(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plans(measured: dict[str, Any]) -> str:
+    """How well the probe foresaw the bill."""
+    lines = [
+        "| recipe | runs | bill inside the interval | within 15% of the middle | mean error | without a probe |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {name} | {one['runs']} | {one['inside']} | {one['within_15_percent']} "
+        f"| {one['mean_error']:.1%} | {one['mean_error_without_a_probe']:.0%} |"
+        for name, one in measured.items()
+    ]
+    return "\n".join(lines)
+
+
 def page() -> str:
     """The whole page."""
     measured = results("gateway")
@@ -106,6 +120,8 @@ def page() -> str:
             "\n## Killed\n\n`bench/crash.py` kills whole processes with SIGKILL, 10 to 400 ms after they began to ask.\n",
             crash(killed),
         ]
+    if (foreseen := results("plan")) and (summary := foreseen.get("summary")):
+        parts += ["\n## Foreseen\n\n`bench/plan.py`: `plan --probe 20`, then the run itself.\n", plans(summary)]
     theirs, own = (cases["throughput"][name]["cpu_ms_a_row"] for name in ("openai_gather", "gristmill"))
     parts.append(WHY.format(theirs=theirs, own=own))
     return "\n".join(parts) + "\n"

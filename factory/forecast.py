@@ -25,6 +25,7 @@ INTERVAL = (0.05, 0.5, 0.95)
 ASSUMED_RATE = 0.5  # good rows a sample made, before any was made; what a first round goes by
 # What all places say together weighs, in what is believed of the answers of one, as much as this many answers of its own.
 SHARED_WEIGHT = 4.0
+ELSEWHERE = 0.3  # what a thing that came at another place weighs, to tell how soon things repeat at this one
 
 
 class Span(NamedTuple):
@@ -174,23 +175,20 @@ class Novelty:
     A teacher has `few` things that it says again and again, with a probability of `often` in all, and draws the rest from a stock
     of `many`. Two classes are the least that capture and recapture needs where some are caught more easily (Pledger 2000,
     "Unified maximum likelihood estimates for closed capture-recapture models using mixtures"). The three numbers are drawn from
-    their posterior on a grid, a place at a time. What came elsewhere is part of what is believed beforehand, to a power (Ibrahim
-    and Chen 2000, "Power prior distributions") that is drawn too: by how well the other places foretell each.
+    their posterior on a grid, a place at a time. What came elsewhere is part of what is believed beforehand, to the power of
+    `ELSEWHERE` (Ibrahim and Chen 2000, "Power prior distributions").
     """
 
     _OFTEN = np.array([0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.995])
     _FEW = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
     _MANY = np.logspace(2, 6, 17)
-    _POWERS = np.array([0.03, 0.1, 0.3, 1.0])
 
     def __init__(self, seen: Sequence[Sequence[int]]) -> None:
         self.often, self.few, self.many = (grid.ravel() for grid in np.meshgrid(self._OFTEN, self._FEW, self._MANY))
         own = np.array([self._likelihood(times) for times in seen])
-        before = self._POWERS[:, None, None] * (own.sum(axis=0) - own)  # of (power, place, point)
-        joint = before + own
-        foretold = (_log_sum(joint) - _log_sum(before)).sum(axis=1)
-        self._power = np.exp(foretold - foretold.max()) / np.exp(foretold - foretold.max()).sum()
-        self._cumulated = np.cumsum(np.exp(joint - _log_sum(joint)[:, :, None]), axis=2)
+        weight = own + ELSEWHERE * (own.sum(axis=0) - own) - np.log(self.often)  # beforehand, repeats are rather rare
+        weight = np.exp(weight - weight.max(axis=1, keepdims=True))
+        self._cumulated = np.cumsum(weight, axis=1) / weight.sum(axis=1, keepdims=True)
 
     def _likelihood(self, times: Sequence[int]) -> Numbers:
         """Of how often each thing has come: Poisson, by the class that it is of."""
@@ -205,8 +203,7 @@ class Novelty:
 
     def draw(self, rng: np.random.Generator) -> NDArray[np.intp]:
         """A point of the grid for each place."""
-        places = self._cumulated[rng.choice(self._power.size, p=self._power)]
-        return np.array([min(np.searchsorted(place, rng.random()), self.often.size - 1) for place in places])
+        return np.array([min(np.searchsorted(place, rng.random()), self.often.size - 1) for place in self._cumulated])
 
     def new(self, at: NDArray[np.intp], n: NDArray[Any], more: NDArray[Any]) -> Numbers:
         """How many of `more` things at each place have not come among the `n` before, on average."""
@@ -233,12 +230,6 @@ def pass_rates(passed: Numbers, failed: Numbers, rng: np.random.Generator, plays
     chance = np.exp(weight - weight.max())
     at = rng.choice(chance.size, size=plays, p=chance / chance.sum())
     return np.asarray(rng.beta(a[at, None] + passed, b[at, None] + failed))
-
-
-def _log_sum(logs: Numbers) -> Numbers:
-    """The logarithm of the sum of exponentials over the last axis."""
-    top = logs.max(axis=-1)
-    return np.asarray(top + np.log(np.exp(logs - top[..., None]).sum(axis=-1)))
 
 
 _lgamma = np.vectorize(math.lgamma, otypes=[float])
