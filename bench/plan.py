@@ -1,12 +1,14 @@
 """Whether a bill is what `plan --probe 20` said it would be: three recipes of different kinds, each probed, then really run.
 
-    python bench/plan.py [--seeds 0 1 2 3 4] [--probe 20] [--only texts] [--teachers usual hard] [--json out.json]
+    python bench/plan.py [--seeds 100 101 102 103 104] [--probe 20] [--only texts] [--teachers usual hard] [--json out.json]
 
 The teachers are a server of ours, which speaks OpenAI's protocol and has a teacher's faults: answers of uneven length, lists that
 are too short, prose in place of a list, favourites that come again and again, rows that are off the subject. How much of each
 depends on the label, the teacher and the seed. A question that is asked again is answered anew. Every seed is another teacher
 and another recipe; each has a home of its own, so that no ledger answers for another. `hard` teachers err so often that the
 first round rarely suffices, and the bill hangs on what the later ones ask.
+
+What the forecast believes beforehand was settled on seeds below 100, so the default ones are others.
 """
 
 from __future__ import annotations
@@ -365,7 +367,7 @@ def compared(plan: Plan, what: str, came: float, unit: float = 1) -> dict[str, A
 def main() -> None:
     """Run every recipe with every seed, print a line each, and write all with a summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
     parser.add_argument("--probe", type=int, default=20)
     parser.add_argument("--only", choices=RECIPES, nargs="+", default=list(RECIPES))
     parser.add_argument("--teachers", choices=SHARES, nargs="+", default=list(SHARES))

@@ -28,7 +28,7 @@ from factory.errors import BudgetSpent, RunError
 from factory.gateway import Gateway, filled
 from factory.progress import RunState, StageState
 from factory.recipe import Recipe, StageLine
-from factory.records import LAYOUT
+from factory.records import COSTS, LAYOUT
 from factory.stage import Filter, Generator, Need, Vectors
 from factory.store import SAMPLES, VERDICTS, append_json, failures_frame, read_frame, samples_frame, write_frame, write_json
 from schemas.call import Answer, Call
@@ -38,6 +38,7 @@ T = TypeVar("T")
 Lane = queue.SimpleQueue[Sample | pl.DataFrame | None]  # from a stage to the next; None: the end
 BATCHES_AT_ONCE = 8  # of a filter that asks
 BUDGET_SPENT = "budget spent"
+NOT_OF_SCHEMA = "not of the schema"  # as the gateway says it
 _ENOUGH_TO_GIVE_UP = 20  # unanswered calls, when they are also more than the answered ones of a stage
 
 
@@ -66,6 +67,7 @@ class Tally:
     tokens_out: int = 0
     seconds: float = 0.0
     teachers: dict[str, Counter[str]] = field(default_factory=dict)
+    costs: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # of each call: who answered, and its price when it was bought
     reports: dict[str, Any] = field(default_factory=dict)
 
 
@@ -166,6 +168,9 @@ class Stages:
             samples, failed = samples.sort("id"), failed.sort(pl.all())
         write_frame(folder / "samples.parquet", samples)
         write_frame(folder / "failures.parquet", failed)
+        if not stage.once:
+            costs = [(key, *cost) for key, cost in sorted(ctx.tally.costs.items())]
+            write_frame(folder / "costs.parquet", pl.DataFrame(costs, schema=COSTS, orient="row"))
         ctx.tally.seconds = time.monotonic() - start
         ctx.tally.lost.update(f.reason for f in failures)
         self.finish(number, line.folder, "source" if stage.once else "generator", ctx.tally, made=len(made_here))
@@ -323,7 +328,16 @@ class _StageContext:
     def _count(self, answer: Answer) -> Answer:
         tally = self.tally
         tally.calls.add(answer.key)
+        who = answer.teacher or answer.call.teacher
+        paid = (answer.micro_usd or 0) if answer.fresh else 0  # what the ledger answers was paid by the run that it was bought for
+        tally.micro_usd += paid
+        useless = (answer.error or "").startswith(NOT_OF_SCHEMA)
+        if answer.reply or answer.micro_usd or useless:
+            tally.costs[answer.key] = who, answer.micro_usd
         if answer.reply is None:
+            if paid or useless:  # it came, and can't be used
+                came = {"calls": 1, "from_ledger": int(not answer.fresh), "tokens_in": 0, "tokens_out": 0, "micro_usd": paid}
+                tally.teachers.setdefault(who, Counter()).update(came)
             tally.unanswered[(answer.error or "failed").split(":")[0][:60]] += 1
             failed = tally.unanswered.total() - tally.unanswered[BUDGET_SPENT]
             if failed >= _ENOUGH_TO_GIVE_UP and failed > tally.answered:
@@ -335,11 +349,9 @@ class _StageContext:
             return answer
         tally.answered += 1
         tally.from_ledger += not answer.fresh
-        paid = (answer.micro_usd or 0) if answer.fresh else 0  # what the ledger answers was paid by the run that it was bought for
-        tally.micro_usd += paid
         tally.tokens_in += answer.reply.tokens_in
         tally.tokens_out += answer.reply.tokens_out
-        tally.teachers.setdefault(answer.teacher or answer.call.teacher, Counter()).update(
+        tally.teachers.setdefault(who, Counter()).update(
             calls=1,
             from_ledger=int(not answer.fresh),
             tokens_in=answer.reply.tokens_in,
@@ -367,27 +379,38 @@ def _bind(body: Callable[..., None], *args: Any) -> Callable[[], None]:
 
 
 def _at_once(judge: Callable[[pl.DataFrame], T], batches: Iterator[pl.DataFrame], most: int) -> Iterator[T]:
-    """What `judge` says of each batch, as it is ready: one whose teacher hangs holds up none that come after it."""
-    ready: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()
-    room = threading.Semaphore(most)
+    """What `judge` says of each batch, as it is ready: one whose teacher hangs holds up none that come after it.
+
+    The first error is raised at once, and no batch is begun after it; those under way end by themselves.
+    """
+    ready: queue.SimpleQueue[Future[T] | BaseException | None] = queue.SimpleQueue()
+    room, over = threading.Semaphore(most), threading.Event()
 
     def feed() -> None:
         begun: list[Future[T]] = []
         try:
-            for batch in batches:
-                room.acquire()
-                begun.append(pool.submit(judge, batch))
-                begun[-1].add_done_callback(ready.put)
-            wait(begun)
-        finally:
-            ready.put(None)  # behind all of them: a future calls back before those that wait for it go on
+            with ThreadPoolExecutor(most, thread_name_prefix="judge") as pool:
+                for batch in batches:
+                    room.acquire()
+                    if over.is_set():
+                        return
+                    begun.append(pool.submit(judge, batch))
+                    begun[-1].add_done_callback(ready.put)
+                wait(begun)
+            ready.put(None)  # behind all of them: a future calls back before the thread that ran it goes on
+        except BaseException as error:
+            ready.put(error)
 
-    with ThreadPoolExecutor(most, thread_name_prefix="judge") as pool:
-        feeder = threading.Thread(target=feed, name="feed", daemon=True)
-        feeder.start()
+    threading.Thread(target=feed, name="feed", daemon=True).start()
+    try:
         while (done := ready.get()) is not None:
             room.release()
+            if isinstance(done, BaseException):
+                raise done
             yield done.result()
+    finally:
+        over.set()
+        room.release()
 
 
 def _batches(lane: Lane) -> Iterator[pl.DataFrame]:

@@ -87,7 +87,10 @@ def plan(recipe: Path, probe: int | None) -> None:
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option(
-    "--retry-failed", is_flag=True, help="Ask calls again that finally failed (refused, too long, down); what came after them is done anew."
+    "--retry-failed",
+    is_flag=True,
+    help="Ask again what finally failed, generators' calls and judges' (timed out, refused by the server, down); what came after is done"
+    " anew. Not asked again: answers that fit no schema, which the ledger holds.",
 )
 @click.option("--progress", "view", type=click.Choice(["auto", "live", "plain", "quiet"]), default="auto", show_default=True)
 @_told
@@ -97,10 +100,15 @@ def run(recipe: Path, view: View, retry_failed: bool) -> None:
     Exit status: 0 the target is met, 3 the run ended short of it and says why, 2 the recipe is faulty, 1 it had to stop.
     """
     from factory.recipe import load_recipe
+    from factory.records import RunFolder
+    from factory.run import failed_calls
     from factory.run import run as turn
     from factory.show import outcome
 
-    folder = turn(load_recipe(recipe), home(), view=view, retry_failed=retry_failed)
+    read = load_recipe(recipe)
+    if retry_failed and not failed_calls(RunFolder(read.run_folder(home()))):
+        click.echo("gristmill: nothing to ask again: no call of this run failed in a way that asking again may mend.", err=True)
+    folder = turn(read, home(), view=view, retry_failed=retry_failed)
     _print(outcome(folder))
     sys.exit(0 if folder.status["status"] == "done" else 3)
 

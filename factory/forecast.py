@@ -186,7 +186,7 @@ class Novelty:
     def __init__(self, seen: Sequence[Sequence[int]]) -> None:
         self.often, self.few, self.many = (grid.ravel() for grid in np.meshgrid(self._OFTEN, self._FEW, self._MANY))
         own = np.array([self._likelihood(times) for times in seen])
-        weight = own + ELSEWHERE * (own.sum(axis=0) - own) - np.log(self.often)  # beforehand, repeats are rather rare
+        weight = own + ELSEWHERE * (own.sum(axis=0) - own) - np.log(self.often) / 2  # beforehand, repeats are rather rare
         weight = np.exp(weight - weight.max(axis=1, keepdims=True))
         self._cumulated = np.cumsum(weight, axis=1) / weight.sum(axis=1, keepdims=True)
 

@@ -345,7 +345,7 @@ class _Probe:
             size=question.size if question else len(words_of(answer.call).encode()),
             tokens_in=answer.reply.tokens_in if answer.reply else 0,
             tokens_out=answer.reply.tokens_out if answer.reply else 0,
-            micro_usd=answer.micro_usd if answer.reply else 0,
+            micro_usd=answer.micro_usd,  # 0 where nothing came; an answer that fits no schema was paid for
             seconds=seconds[-1] if seconds else 0.0,
             items=self._read[answer.key],
         )

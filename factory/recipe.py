@@ -36,7 +36,7 @@ NOT_IDENTITY = {
         "threads": "as above",
         "api_key_env": "who pays, not what is answered",
         "limits": "changes the speed, not the answers",
-        "mode": "changes the bill and the hours, not the answers",
+        "mode": "live or batch: changes the bill and the hours, not the answers",
         "batch_size": "as above",
         "poll_s": "changes the speed, not the answers",
         "fallback": "stands in for a time; each sample says who wrote it",
@@ -46,6 +46,7 @@ NOT_IDENTITY = {
         "environment": "as above",
         "in_process": "as above",
         "start_timeout_s": "changes the speed, not the answers",
+        "latency_ms": "as above",
     },
 }
 
@@ -95,7 +96,7 @@ class Recipe:
             "target": self.target.model_dump(mode="json", exclude=set(NOT_IDENTITY["target"])),
             "embedder": self.embedder.model_dump(mode="json"),
             "teachers": {
-                name: [teacher.kind, teacher.model_dump(mode="json", exclude=set(NOT_IDENTITY["teachers"]))]
+                name: [teacher.kind, teacher.model_dump(mode="json", exclude=_not_identity(teacher))]
                 for name, teacher in self.teachers.items()
             },
             "stages": stages,
@@ -123,6 +124,16 @@ class Recipe:
             for name in _marked(type(line.stage), RecipeFile)
             if getattr(line.stage, name) is not None
         ]
+
+
+def _not_identity(teacher: Teacher) -> set[str]:
+    """Settings of this teacher that change its answers as little as those of `NOT_IDENTITY`, or that only bear such a name."""
+    names = set(NOT_IDENTITY["teachers"])
+    if teacher.batching() is None:
+        names.discard("mode")  # of `fake` it is how it makes its answers up
+    if getattr(teacher, "provider", None):
+        names.add("base_url")  # an address is only a way to whom `provider` names; without that it stands for who answers
+    return names
 
 
 def find_recipe(where: Path) -> Path:

@@ -19,6 +19,7 @@ from factory.store import FAILURES, SAMPLES, VERDICTS, read_frame, read_json
 
 LAYOUT = 1  # of a run's folder; a folder of another layout is refused, never guessed at
 TARGET = "target"
+COSTS = pl.Schema({"call": pl.String(), "teacher": pl.String(), "micro_usd": pl.Int64()})
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,35 @@ class RunFolder:
         fields = pl.Struct({"cluster": pl.Int64(), "name": pl.String()})
         return decoded.select("sample", pl.col("detail").str.json_decode(fields).alias("d")).unnest("d")
 
+    @cached_property
+    def costs(self) -> pl.DataFrame:
+        """What each answer to a generator cost when it was bought, in this run or an earlier one, as `COSTS` and `round`.
+
+        null: its price is unknown. Answers that were of no use are in it.
+        """
+        frames = [
+            read_frame(f / "costs.parquet", COSTS).with_columns(round=pl.lit(_round_of(f), pl.Int64))
+            for f in self._of_kind("generator")
+            if (f / "costs.parquet").exists()  # a run of an earlier Gristmill has none
+        ]
+        empty = pl.Schema({**COSTS, "round": pl.Int64()}).to_frame()
+        return pl.concat([empty, *frames]).unique("call", keep="first", maintain_order=True)
+
+    def cost_by_teacher(self) -> pl.DataFrame:
+        """What an accepted row of each teacher cost to make, the dearest first: as `cost_by`, with the calls that gave no sample."""
+        spent = self.costs.rename({"teacher": "group"})
+        return _a_row(spent, self.accepted.select("id", group="teacher"))
+
+    def cost_by(self, groups: pl.DataFrame) -> pl.DataFrame:
+        """What an accepted row cost to make in each group of made samples, the dearest first. `groups`: `id` and `group`.
+
+        Gives `group`, `accepted`, `micro_usd` (null where a price is unknown) and `micro_usd_a_row` (null also where no row was
+        accepted; those come first). The samples of a call share its cost; a call that gave none is in no group, nor is any judge's.
+        """
+        made = self.samples.join(groups, on="id").join(self.costs.select("call", "micro_usd"), on="call")
+        shares = made.select("group", pl.col("micro_usd") / pl.len().over("call"))
+        return _a_row(shares, groups.join(self.accepted, on="id", how="semi"))
+
     def funnel(self) -> list[FunnelRow]:
         """One row a stage of the recipe, summed over rounds, in recipe order and "target" last."""
         rows: dict[str, FunnelRow] = {}
@@ -167,6 +197,17 @@ class RunFolder:
 
 
 _SUMS = ("asked", "answered", "made", "judged", "kept", "from_ledger", "micro_usd", "tokens_in", "tokens_out", "seconds")
+
+
+def _a_row(spent: pl.DataFrame, accepted: pl.DataFrame) -> pl.DataFrame:
+    unknown = pl.col("micro_usd").is_null().any()
+    sums = spent.drop_nulls("group").group_by("group").agg(pl.when(~unknown).then(pl.col("micro_usd").sum()).cast(pl.Float64))
+    counts = accepted.group_by("group").agg(accepted=pl.len())
+    rows = sums.join(counts, on="group", how="left").with_columns(pl.col("accepted").fill_null(0))
+    a_row = pl.when(pl.col("accepted") > 0).then(pl.col("micro_usd") / pl.col("accepted"))
+    return rows.select("group", "accepted", "micro_usd", micro_usd_a_row=a_row).sort(
+        "micro_usd_a_row", "group", descending=[True, False], nulls_last=False
+    )
 
 
 def _round_of(stage_folder: Path) -> int:

@@ -22,6 +22,7 @@ import jinja2
 import polars as pl
 from pydantic import ValidationError
 
+from factory import prices
 from factory.errors import AlreadyReleased, ReleaseError, StoreError
 from factory.records import RunFolder
 from factory.report import write_report
@@ -402,6 +403,7 @@ def _manifest(
         teachers=facts.teachers,
         micro_usd=sum(line.micro_usd for line in funnel),
         price_unknown=unknown,
+        prices=prices.version(),
         tokens_in=sum(line.tokens_in for line in funnel),
         tokens_out=sum(line.tokens_out for line in funnel),
         embedder=facts.embedder,

@@ -79,6 +79,7 @@ def write_report(
         twins=_twins(run, samples),
         failures=_failures(run),
         teachers=_teachers(samples, facts),
+        costs=_costs(run, samples),
     )
     write_bytes(path, page.encode())
 
@@ -371,6 +372,21 @@ def _teachers(samples: pl.DataFrame, facts: ReleaseFacts) -> list[dict[str, Any]
         priced = row["micro_usd"] is not None and row["accepted"]
         row["micro_usd_a_row"] = row["micro_usd"] / row["accepted"] if priced else None
     return rows
+
+
+def _costs(run: RunFolder, samples: pl.DataFrame) -> list[dict[str, Any]]:
+    """What an accepted row cost to make, by teacher, label and cluster, the dearest first; nothing where nothing cost anything."""
+    made = samples.filter(pl.col("origin") == "made")
+    cluster = pl.coalesce(pl.when(pl.col("name") != "").then("name"), pl.format("cluster {}", "cluster"))
+    found = [
+        ("Teacher", run.cost_by_teacher()),
+        ("Label", run.cost_by(made.select("id", group="label"))),
+        ("Cluster", run.cost_by(made.select("id", group=pl.when(pl.col("cluster") >= 0).then(cluster)))),
+    ]
+    told = not run.costs["micro_usd"].fill_null(1).eq(0).all()
+    return [
+        {"by": by, "rows": rows.head(PLACES).to_dicts(), "more": rows.height - PLACES} for by, rows in found if told and not rows.is_empty()
+    ]
 
 
 # -- the map ---------------------------------------------------------------------------------------------------------------

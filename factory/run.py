@@ -11,22 +11,20 @@ import math
 import os
 import platform
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
 from factory import rounds
-from factory.chain import BUDGET_SPENT, Stages, Tally, World
+from factory.chain import BUDGET_SPENT, NOT_OF_SCHEMA, Stages, Tally, World
 from factory.errors import RunError, RunLocked
 from factory.gateway import Gateway
 from factory.ledger import Ledger, open_ledger
-from factory.prices import cost
 from factory.progress import RunState, shown
 from factory.recipe import Recipe, StageLine
 from factory.records import LAYOUT, TARGET, RunFolder
@@ -39,14 +37,13 @@ from factory.store import (
     write_frame,
     write_json,
 )
-from schemas.call import Reply
 
 
 def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "quiet"] = "auto", retry_failed: bool = False) -> RunFolder:
     """Run a recipe to its target, or go on where an earlier run of it stopped; gives the run's folder.
 
-    `retry_failed`: calls that finally failed are asked again, and what came after them in their round and later is done anew
-    (what was answered, the ledger answers).
+    `retry_failed`: calls that finally failed are asked again (see `failed_calls`), and what came after them in their round and
+    later is done anew (what was answered, the ledger answers).
 
     The outcome is in `run.json`: "done", or "short" with a reason. RunLocked: another process is at it. RunError (and
     KeyboardInterrupt) leave everything that was made; the same command goes on.
@@ -63,6 +60,19 @@ def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "q
         with shown(state, view):
             _Mill(recipe, folder, ledger, gateway, state).turn(retry_failed=retry_failed)
     return RunFolder(folder)
+
+
+def failed_calls(run: RunFolder) -> int:
+    """Calls, of generators and judges, that finally failed and that `retry_failed` would ask again.
+
+    Not those that the budget kept from being asked, which more money asks; nor those whose answer fits no schema, since the
+    ledger holds that answer and would give it again.
+    """
+    return sum(n for stage in run.stages for n in _failed(stage).values())
+
+
+def _failed(stage: Mapping[str, Any]) -> dict[str, int]:
+    return {reason: n for reason, n in stage.get("unanswered", {}).items() if reason not in (BUDGET_SPENT, NOT_OF_SCHEMA)}
 
 
 class _Mill:
@@ -118,11 +128,10 @@ class _Mill:
         record = RunFolder(self.folder)
         met = record.accepted.height >= self.recipe.target.accepted
         whole = list(record.stage_folders())
-        unanswered = [set(read_json(folder / "stage.json")["unanswered"]) for folder in whole]
         cut = [
             i
-            for i, reasons in enumerate(unanswered)
-            if (BUDGET_SPENT in reasons and not met) or (retry_failed and reasons - {BUDGET_SPENT})
+            for i, stage in enumerate(record.stages)
+            if (BUDGET_SPENT in stage["unanswered"] and not met) or (retry_failed and _failed(stage))
         ]
         for folder in reversed(whole[cut[0] :] if cut else ()):  # backwards: at any moment a stage is whole only if those before it are
             (folder / "stage.json").unlink()
@@ -174,23 +183,19 @@ class _Mill:
         return rounds.needs(quota, have, yields, oversample=oversample, clusters=clusters)
 
     def _worth(self, record: RunFolder, number: int) -> dict[str, float | None]:
-        """Good rows a dollar by teacher, in earlier rounds: by their tokens at today's price, since what the ledger answered cost nothing
-        there. Where a price is zero or unknown, good rows a call; None before a teacher has answered."""
-        calls: Counter[str] = Counter()
-        money: Counter[str] = Counter()
-        for stage in record.stages:
-            if stage["kind"] == "generator" and stage["round"] < number:
-                for name, counts in stage["teachers"].items():
-                    price = self.recipe.teachers[name].known_price() if name in self.recipe.teachers else None
-                    reply = Reply(text="", finish="stop", tokens_in=counts["tokens_in"], tokens_out=counts["tokens_out"])
-                    calls[name] += counts["calls"]
-                    money[name] += cost(price, reply) or 0
-        priced = all(money[name] for name in calls)
+        """Good rows a dollar by teacher, in earlier rounds, at the prices at which their answers were bought.
+
+        Where a price is zero or unknown, good rows a call; None before a teacher has answered.
+        """
+        by_teacher = record.costs.filter(pl.col("round") < number).group_by("teacher")
+        told = by_teacher.agg(calls=pl.len(), known=pl.col("micro_usd").is_not_null().all(), spent=pl.col("micro_usd").sum())
+        asked = {row["teacher"]: row for row in told.to_dicts()}
+        priced = all(row["known"] and row["spent"] for row in asked.values())
         before = record.samples.filter((pl.col("round") < number) & (pl.col("origin") == "made"))
         good = before.join(record.fates.filter(pl.col("fate").is_in(["accepted", "surplus"])), on="id", how="semi")
         rows = dict(good["teacher"].drop_nulls().value_counts().iter_rows())
         return {
-            name: rows.get(name, 0) / (money[name] / 1e6 if priced else calls[name]) if calls[name] else None
+            name: rows.get(name, 0) / (asked[name]["spent"] / 1e6 if priced else asked[name]["calls"]) if name in asked else None
             for name in self.recipe.teachers
         }
 

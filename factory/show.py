@@ -32,6 +32,8 @@ def outcome(run: RunFolder) -> RenderableType:
     parts: list[RenderableType] = [funnel_table(run.funnel()), Text()]
     if balance := places_line(run):
         parts += [balance, Text()]
+    if costs := costs_line(run):
+        parts += [costs, Text()]
     good = status["status"] == "done"
     head = Text.assemble(
         (status["status"], "bold green" if good else "bold yellow"),
@@ -86,6 +88,23 @@ def places_line(run: RunFolder) -> Text | None:
     return Text(
         "accepted by label: " + ", ".join(f"{label} {accepted.get(label, 0)}/{wanted}" for label, (_, wanted) in sorted(places.items()))
     )
+
+
+def costs_line(run: RunFolder) -> Text | None:
+    """What an accepted row cost to make, by teacher, and at which label most; None where nothing cost anything."""
+    if run.costs["micro_usd"].fill_null(1).eq(0).all():
+        return None
+    teachers = [f"{name} {_a_row(each)}" for name, _, _, each in run.cost_by_teacher().iter_rows()]
+    labels = run.cost_by(run.samples.filter(pl.col("origin") == "made").select("id", group="label"))
+    told = labels.filter(pl.col("micro_usd_a_row").is_not_null())
+    dearest = f"; dearest label: {told['group'][0]} {_a_row(told['micro_usd_a_row'][0])}" if told.height > 1 else ""
+    return Text("an accepted row cost, to make: " + ", ".join(teachers) + dearest)
+
+
+def _a_row(micro_usd: float | None) -> str:
+    if micro_usd is None:
+        return "unknown"
+    return dollars(round(micro_usd)) if micro_usd >= 100 or micro_usd == 0 else f"${micro_usd / 1e6:.2g}"
 
 
 def pick(run: RunFolder, number: int, *, rejected: bool, reason: str | None, label: str | None) -> RenderableType:

@@ -134,7 +134,7 @@ class Judge(Filter):
 
     def _verdict(self, answer: Answer) -> Verdict:
         judged = read_score(answer.reply.text) if answer.reply else None
-        detail: dict[str, Any] = {"teacher": answer.call.teacher, "call": answer.key}
+        detail: dict[str, Any] = {"teacher": answer.teacher or answer.call.teacher, "call": answer.key}
         if judged is None:
             detail |= {"text": answer.reply.text} if answer.reply else {"error": answer.error}
             return Verdict(sample=answer.call.ref, by="", keep=self.on_failure == "keep", reason="not judged", detail=detail)

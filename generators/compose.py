@@ -73,7 +73,9 @@ class Compose(Generator):
     teachers: Annotated[tuple[str, ...] | dict[str, Annotated[float, Field(gt=0)]], TeacherNames()] = Field(
         (), description="who is asked: names, in equal shares, or names with their weights; all of the recipe by default"
     )
-    by: Literal["weight", "yield"] = "weight"
+    by: Literal["weight", "yield"] = Field(
+        "weight", description="yield: from round 2 on by the good rows a dollar (or a call) that each gave, a tenth of the calls at least"
+    )
     output_schema: Annotated[Path | None, RecipeFile()] = Field(
         None, description="what every output is to be: a JSON schema (.json, .yaml), or a .py file with a pydantic model"
     )
@@ -147,7 +149,9 @@ class Compose(Generator):
         path = self.template_file or TEMPLATES / f"{self._template_for(seeds.task)}.j2"
         wording = _Wording(read_template(path), self.form or ("completion" if path.stem.endswith("completion") else "chat"))
         schema = self._schema(seeds.task, wording.form, ctx)
-        places = [self._prompts(need, seeds, samples, ctx) for need in ctx.needs if need.missing > 0]
+        teachers = self._weights(ctx)
+        owed = dict.fromkeys(teachers, 0.0)
+        places = [self._prompts(need, seeds, samples, ctx, _dealt(teachers, owed, ctx.rng)) for need in ctx.needs if need.missing > 0]
         drawn: Counter[str] = Counter()
         questions = []
         for ref, prompt in enumerate(islice(_in_turn(places), self.max_calls)):
@@ -189,13 +193,12 @@ class Compose(Generator):
     def _how(self, template: str) -> How:
         return self.parse if self.parse != "auto" or self.template_file else _SHIPPED[template][0]
 
-    def _prompts(self, need: Need, seeds: _Seeds, samples: pl.DataFrame, ctx: Context) -> Iterator[_Prompt]:
+    def _prompts(self, need: Need, seeds: _Seeds, samples: pl.DataFrame, ctx: Context, teachers: Iterator[str]) -> Iterator[_Prompt]:
         """What to show and ask for at one place, each prompt `draws` times; axes and teachers are balanced."""
         calls = math.ceil(need.missing * self.share / (self.per_call * max(0.5 if need.rate is None else need.rate, _LOWEST_RATE)))
         pool = seeds.at(need, samples, ctx)
         labels = _deck([row["label"] for row in pool] or [need.label], ctx.rng)  # in the proportions of the real ones there
         axes = {name: _deck(values, ctx.rng) for name, values in self.axes.items()}
-        teachers = _dealt(self._weights(ctx), ctx.rng)
         about = _deck((self.about,) if isinstance(self.about, str) else self.about, ctx.rng)
         for first in range(0, calls, self.draws):
             label = next(labels)
@@ -218,7 +221,8 @@ class Compose(Generator):
             return given
         mean = sum(told) / len(told)  # of one that has not answered yet, the best guess
         shares = [(mean if each is None else each) / sum(mean if w is None else w for w in worth) for each in worth]
-        return {name: _FLOOR + (1 - _FLOOR * len(given)) * share for name, share in zip(given, shares, strict=True)}
+        floor = min(_FLOOR, 1 / len(given))  # more than ten can't have a tenth each
+        return {name: floor + (1 - floor * len(given)) * share for name, share in zip(given, shares, strict=True)}
 
     def _heading(self, about: str, label: str | None) -> str:
         """One line that says what the texts are."""
@@ -482,15 +486,21 @@ def _deck(cards: Sequence[T], rng: random.Random) -> Iterator[T]:
         yield from rng.sample(cards, len(cards))
 
 
-def _dealt(weights: Mapping[str, float], rng: random.Random) -> Iterator[str]:
-    """Names without end, each as often as its weight says: after any number of them none is a whole one ahead or behind."""
+def _dealt(weights: Mapping[str, float], owed: dict[str, float], rng: random.Random) -> Iterator[str]:
+    """Names without end, each as often as its weight says, in this deck and in all that share `owed`.
+
+    Of a single deck no name is ever a whole one ahead or behind. Of many short ones each alone can't keep the proportions: what
+    it owes a name, the others make up for.
+    """
     total = sum(weights.values())
     due = {name: rng.random() * weight / total for name, weight in weights.items()}  # where in its turn each begins
     while True:
         for name, weight in weights.items():
             due[name] += weight / total
-        name = max(due, key=lambda each: due[each])
+            owed[name] += weight / total
+        name = max(due, key=lambda each: due[each] + owed[each])
         due[name] -= 1
+        owed[name] -= 1
         yield name
 
 

@@ -114,6 +114,9 @@ def from_json(text: str, *, cut: bool = False) -> Parsed:
 
     Of an answer that was cut, the whole elements are kept.
     """
+    if cut and (at := _cut_item(text)) is not None:  # what stands inside an item is none, whole or not
+        whole = from_json(text[:at], cut=True)
+        return Parsed(whole.items, whole.leftovers, text[at:].strip())
     values, rest = _json_values(text)
     if not values and (mended := _TRAILING_COMMA.sub(lambda m: m[1] or "", text)) != text:
         values, rest = _json_values(mended)
@@ -140,6 +143,37 @@ def _json_values(text: str) -> tuple[list[Any], str]:
         if found:
             values, rest = values + found, tail
     return values, rest
+
+
+def _cut_item(text: str) -> int | None:
+    """Where the outermost object begins that the end of `text` broke off and that is an item; None where none is."""
+    at = 0
+    while (at := _next(text, at)) >= 0:
+        if whole := _decode(text, at):
+            at = whole[1]
+        elif text[at] == "{" and {name.lower().strip() for name in _whole_keys(text, at)} & {*_INPUTS, *_OUTPUTS}:
+            return at
+        else:
+            at += 1
+    return None
+
+
+def _whole_keys(text: str, at: int) -> Iterator[str]:
+    """The keys of the object that begins at `at`, up to the one whose value is broken off."""
+    at = _past_space(text, at + 1)
+    while (found := _decode(text, at)) and isinstance(found[0], str):
+        key, at = found
+        at = _past_space(text, at)
+        if text[at : at + 1] != ":":
+            return
+        yield key
+        value = _decode(text, _past_space(text, at + 1))
+        if value is None:
+            return
+        at = _past_space(text, value[1])
+        if text[at : at + 1] != ",":
+            return
+        at = _past_space(text, at + 1)
 
 
 def _next(text: str, at: int) -> int:

@@ -120,7 +120,8 @@ class RunFacts(_Record):
 class Manifest(_Record):
     """A released version. It is written last: where a manifest stands, the version is whole.
 
-    `micro_usd` and the tokens are the run's; `left_out` counts rows that could have been released and were not, by reason.
+    `micro_usd` and the tokens are the run's; `prices` is where those come from that the recipe does not give; `left_out`
+    counts rows that could have been released and were not, by reason.
     """
 
     format: str = MANIFEST_FORMAT
@@ -140,6 +141,7 @@ class Manifest(_Record):
     teachers: tuple[TeacherFacts, ...]
     micro_usd: int
     price_unknown: tuple[str, ...] = ()
+    prices: str | None = None
     tokens_in: int
     tokens_out: int
     embedder: str

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -58,7 +59,7 @@ class Writer:
         if "The rubric" in question:
             return json.dumps({"evidence": "so it is", "score": 5})
         n = next(self.n)
-        if self.bad and n % round(1 / self.bad) == 0:
+        if zlib.crc32(question.encode()) % 100 < 100 * self.bad:  # by the question, whatever the order of arrival
             return "no list at all"
         return json.dumps([f"message {n} of number {i} and so many words more" for i in range(3)])
 

@@ -174,3 +174,36 @@ def test_a_fallback_is_another_teacher_of_the_recipe(folder: Path) -> None:
     [(line, said)] = problems(folder, two.replace("fallback: spare", "fallback: spar"))
     assert (line, said) == (4, "no other teacher is called 'spar'; did you mean 'spare'?")
     assert problems(folder, two.replace("fallback: spare", "fallback: echo"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("kind: openai, model: m, fallback: spare, limits: {requests_per_minute: 9}, mode: batch, batch_size: 7, poll_s: 1", "", True),
+        ("kind: openai, model: m, structured: prompt", "", True),
+        (
+            "kind: openai, model: m, provider: us, base_url: 'http://a/v1'",
+            "kind: openai, model: m, provider: us, base_url: 'http://b/v1'",
+            True,
+        ),
+        ("kind: openai, model: m, base_url: 'http://a/v1'", "kind: openai, model: m, base_url: 'http://b/v1'", False),
+        ("kind: openai, model: m, provider: us", "", False),
+        ("kind: fake, mode: echo", "kind: fake, mode: numbered", False),
+        ("kind: fake, latency_ms: 3", "kind: fake", True),
+    ],
+)
+def test_what_only_changes_speed_or_bill_of_a_teacher_goes_on_in_the_same_run(folder: Path, one: str, other: str, same: bool) -> None:
+    digests = set()
+    for settings in (one, other or "kind: openai, model: m"):
+        two = GOOD.replace("kind: fake, model: fake}", settings + "}\n  spare: {kind: fake}")
+        (folder / "recipe.yaml").write_text(two)
+        digests.add(load_recipe(folder, asking=False).digest)
+    assert (len(digests) == 1) is same
+
+
+def test_a_fallback_without_a_price_is_reported_like_a_teacher_without_one(folder: Path) -> None:
+    spare = "model: fake, fallback: spare}\n  spare: {kind: openai, model: some, base_url: 'http://127.0.0.1:1/v1'}"
+    text = GOOD.replace("balance: label", "budget_usd: 1").replace("model: fake}", spare)
+    [(line, said)] = problems(folder, text)
+    assert line == 5
+    assert "price of teacher 'spare' is unknown" in said

@@ -1,4 +1,5 @@
 import hashlib
+import importlib.metadata
 import itertools
 import json
 from collections import Counter
@@ -11,7 +12,7 @@ import yaml
 from factory.errors import ReleaseError, StoreError
 from factory.release import LINEAGE, open_version, release
 from factory.splits import NEAR
-from schemas.manifest import SPLITS
+from schemas.manifest import SPLITS, Manifest
 from schemas.recipe import ReleasePlan
 from schemas.sample import Message, Provenance, Sample
 from tests.context import embedder
@@ -68,6 +69,13 @@ def test_a_version_holds_these_files_and_the_manifest_knows_each_byte(v1):
         **{f"{split}.jsonl": len(lines(v1, split)) for split in SPLITS},
         "lineage.parquet": len(everything(v1)),
     }
+
+
+def test_the_manifest_says_where_prices_come_from_and_one_without_it_is_still_read(v1, tmp_path):
+    said = json.loads((v1 / "manifest.json").read_text())
+    assert said["prices"] == f"genai-prices {importlib.metadata.version('genai-prices')}"
+    older = Manifest.model_validate({key: value for key, value in said.items() if key != "prices"})
+    assert older.prices is None
 
 
 def test_all_that_was_accepted_and_no_rejected_row_is_in_it(run, v1):

@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -7,10 +8,13 @@ from html.parser import HTMLParser
 import numpy as np
 import polars as pl
 import pytest
+from rich.console import Console
 
 from factory import report
+from factory.records import COSTS, RunFolder
 from factory.report import write_report
-from factory.store import samples_frame
+from factory.show import outcome
+from factory.store import samples_frame, write_frame
 from schemas.manifest import ReleaseFacts
 from schemas.sample import Provenance, Sample
 from tests.context import embedder
@@ -166,6 +170,50 @@ def test_cost_is_told_by_teacher_and_row(run, page):
     made = dict(run.samples.filter(pl.col("origin") == "made")["teacher"].value_counts().iter_rows())
     assert f"big gpt-4o-mini not stated 8 3,000 700 {made['big']} {accepted['big']} $0.0123" in text
     assert f"small smollm2-135m-instruct Apache-2.0 12 4,000 0 {made['small']} {accepted['small']} $0.00 $0.00" in text
+
+
+def priced(run, micro_usd):
+    """The run, with so much paid for each call that made its samples."""
+    for folder in run.path.glob("round-*/02-compose"):
+        made = pl.read_parquet(folder / "samples.parquet").drop_nulls("call")
+        costs = made.select("call", "teacher", micro_usd=pl.lit(micro_usd, pl.Int64)).unique()
+        write_frame(folder / "costs.parquet", costs.cast(dict(COSTS)))
+    return RunFolder(run.path)
+
+
+def test_what_an_accepted_row_cost_is_told_by_teacher_label_and_cluster(tmp_path):
+    run = priced(bank_run(tmp_path / "run"), 1000)
+    write_report(tmp_path / "r.html", run, embed, title="bank", facts=facts())
+    text = Page((tmp_path / "r.html").read_text()).text("cost")
+    big = run.accepted.filter(pl.col("teacher") == "big").height
+    asked = run.costs.filter(pl.col("teacher") == "big").height
+    assert asked > big > 0
+    assert f"big ${asked * 0.001:.4f} {big} ${asked * 0.001 / big:.4f}" in text
+    assert "Label Cost Accepted A row" in text
+    assert "cancel transfer $0.0040 4 $0.0010" in text
+    assert "Cluster Cost Accepted A row" in text
+    said = io.StringIO()
+    Console(width=300, file=said).print(outcome(run))
+    assert f"an accepted row cost, to make: big ${asked * 0.001 / big:.4f}, small " in said.getvalue()
+    assert "; dearest label: " in said.getvalue()
+
+
+def test_where_nothing_cost_anything_no_table_says_so(tmp_path):
+    run = priced(bank_run(tmp_path / "run"), 0)
+    write_report(tmp_path / "r.html", run, embed, title="bank", facts=facts())
+    assert "An accepted row" not in Page((tmp_path / "r.html").read_text()).text("cost")
+    said = io.StringIO()
+    Console(width=300, file=said).print(outcome(run))
+    assert "an accepted row cost" not in said.getvalue()
+
+
+def test_an_unknown_price_is_unknown_by_row_as_well(tmp_path):
+    run = priced(bank_run(tmp_path / "run"), None)
+    write_report(tmp_path / "r.html", run, embed, title="bank", facts=facts())
+    assert re.search(r"Label Cost Accepted A row .*cancel transfer unknown 4 –", Page((tmp_path / "r.html").read_text()).text("cost"))
+    said = io.StringIO()
+    Console(width=300, file=said).print(outcome(run))
+    assert "an accepted row cost, to make: big unknown, small unknown" in said.getvalue()
 
 
 def test_failures_are_counted_and_quoted(page):

@@ -17,7 +17,7 @@ import pytest
 from factory.errors import RunError, RunLocked, StoreError
 from factory.recipe import Recipe, StageLine
 from factory.records import RunFolder
-from factory.run import run
+from factory.run import failed_calls, run
 from factory.stage import Context, Filter, Generator, RecipeFile, Stage
 from factory.store import verdicts_from, write_json
 from factory.teacher import Connection, Heard, Price, Teacher
@@ -548,6 +548,22 @@ def test_what_a_teacher_gave_for_its_money_is_known_in_the_next_round(tmp_path: 
     assert seen == [{"t": None}, {"t": 1 / (2 * 4)}]
 
 
+def test_a_teacher_whose_answers_fit_no_schema_is_known_to_give_nothing(tmp_path: Path) -> None:
+    seen: list[dict[str, float | None]] = []
+
+    class Strict(Generator):
+        key = "strict"
+
+        def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+            seen.append(dict(ctx.worth))
+            for answer in ctx.ask([Call(teacher="t", prompt=f"json r{ctx.round}", json_schema={"type": "object"})]):
+                yield Failure(reason="unanswered", detail=answer.error or "", call=answer.key)
+
+    folder = turn(tmp_path, Strict(), rounds=2)
+    assert seen == [{"t": None}, {"t": 0}]
+    assert folder.stages[1]["teachers"]["t"]["calls"] == 1
+
+
 def test_a_judge_whose_first_question_hangs_holds_up_no_row_behind_it(tmp_path: Path) -> None:
     passed: list[str] = []
     enough = threading.Event()
@@ -578,3 +594,154 @@ def test_a_judge_whose_first_question_hangs_holds_up_no_row_behind_it(tmp_path: 
                 time.sleep(0.005)
 
     assert turn(tmp_path, Dripping(), Hanging()).status["status"] == "done"
+
+
+def test_a_judge_that_breaks_stops_the_run_with_its_own_error(tmp_path: Path) -> None:
+    class Breaking(Asking):
+        key = "breaking"
+
+        def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+            raise ValueError("a bug of the judge's")
+
+    class Dripping(Words):
+        key = "dripping"
+
+        def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+            for item in super().generate(samples, ctx):
+                yield item
+                time.sleep(0.005)  # so that rows still come after the error
+
+    with pytest.raises(ValueError, match="a bug of the judge's"):
+        turn(tmp_path, Dripping(), Breaking())
+
+
+def test_an_error_on_the_way_to_a_judge_is_not_taken_for_the_end() -> None:
+    from factory.chain import _at_once
+
+    def batches() -> Iterator[pl.DataFrame]:
+        yield pl.DataFrame()
+        raise ValueError("no batch")
+
+    with pytest.raises(ValueError, match="no batch"):
+        list(_at_once(len, batches(), 8))
+
+
+def test_after_an_error_of_a_judge_no_further_batch_is_begun() -> None:
+    from factory.chain import _at_once
+
+    begun: list[int] = []
+
+    def judge(batch: pl.DataFrame) -> None:
+        begun.append(1)
+        raise ValueError("a bug of the judge's")
+
+    before = set(threading.enumerate())
+    with pytest.raises(ValueError, match="a bug of the judge's"):
+        list(_at_once(judge, iter([pl.DataFrame()] * 100), 2))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(begun) <= 5
+
+
+def test_judges_that_failed_are_asked_again_and_an_answer_of_no_schema_is_not(tmp_path: Path) -> None:
+    from factory.errors import TeacherFault
+
+    class Shaky(Scripted):
+        """Fails at judging, until it does not any more; never writes JSON."""
+
+        kind = "shaky"
+        fails: ClassVar[bool] = True
+
+        @asynccontextmanager
+        async def connect(self, home: Path) -> AsyncIterator[Connection]:
+            class Shake(_Script):
+                async def ask(self, call: Call, params: Params) -> Heard:
+                    if Shaky.fails and " r" not in (call.prompt or ""):
+                        raise TeacherFault("never", "content refused")
+                    return await super().ask(call, params)
+
+            yield Shake()
+
+    class Strict(Words):
+        """Asks once more, for JSON."""
+
+        key = "strict"
+
+        def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+            yield from super().generate(samples, ctx)
+            call = Call(teacher="t", prompt="json r0", json_schema={"type": "object"}, params=Params(max_tokens=4))
+            for answer in ctx.ask([call]):
+                yield Failure(reason="unanswered", detail=answer.error or "", call=answer.key)
+
+    paid = Shaky(price=Price(input_usd_per_mtok=0, output_usd_per_mtok=100_000))
+
+    def go(**how: Any) -> RunFolder:
+        return run(recipe(tmp_path, Strict(), Asking(), teacher=paid, rounds=1), tmp_path / "mill", view="quiet", **how)
+
+    first = go()
+    assert (first.accepted.height, failed_calls(first)) == (0, 12)
+    assert list(first.stages[1]["unanswered"]) == ["not of the schema"]
+    assert sum(row.micro_usd for row in first.funnel()) == first.status["micro_usd"]  # an answer of no use was paid for as well
+    assert first.costs["micro_usd"].sum() == first.status["micro_usd"]
+    Shaky.fails = False
+    assert go().accepted.height == 0
+    asked = len(ASKED)
+    again = go(retry_failed=True)
+    assert (again.accepted.height, failed_calls(again), len(ASKED)) == (6, 0, asked + 12)
+    assert go(retry_failed=True).accepted.equals(again.accepted)
+    assert len(ASKED) == asked + 12
+
+
+def test_the_command_says_that_there_is_nothing_to_ask_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from factory.cli import main
+
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "mill"))
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps({"text": f"A note about {word}."}) + "\n" for word in ("rain", "tax", "tea")))
+    (tmp_path / "recipe.yaml").write_text(
+        "name: notes\ntarget: {accepted: 2}\nteachers:\n  f: {kind: fake}\nstages:\n  - seeds: {path: seeds.jsonl}\n  - compose: {}\n"
+    )
+    said = CliRunner().invoke(main, ["run", str(tmp_path / "recipe.yaml"), "--retry-failed", "--progress", "quiet"])
+    assert "nothing to ask again" in said.output
+    assert "rows accepted" in said.output
+
+
+def test_what_an_accepted_row_cost_is_known_by_teacher_and_label_also_where_the_ledger_answered(tmp_path: Path) -> None:
+    class OnlyA(Filter):
+        key = "onlya"
+
+        def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+            keep = samples["label"] == "a"
+            return verdicts_from(samples["id"], keep=keep, reason=pl.select(pl.when(~keep).then(pl.lit("b"))).to_series())
+
+    paid = Scripted(price=Price(input_usd_per_mtok=0, output_usd_per_mtok=100_000))  # $0.2 an answer
+
+    def costs(*stages: Stage) -> tuple[RunFolder, list[Any], list[Any]]:
+        folder = run(recipe(tmp_path, *stages, teacher=paid, rounds=1), tmp_path / "mill", view="quiet")
+        labels = folder.samples.filter(pl.col("origin") == "made").select("id", group="label")
+        return folder, folder.cost_by_teacher().rows(), folder.cost_by(labels).rows()
+
+    _, by_teacher, by_label = costs(Words(), Even())  # 12 answers, of which 6 rows are kept
+    assert by_teacher == [("t", 6, 2_400_000, 400_000)]
+    assert by_label == [("a", 3, 1_200_000, 400_000), ("b", 3, 1_200_000, 400_000)]
+
+    class Twice(Words):
+        """Two samples an answer."""
+
+        key = "twice"
+
+        def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
+            for item in super().generate(samples, ctx):
+                assert isinstance(item, Sample)
+                yield item
+                yield chat(f"again {item.input}", item.label or "", **item.provenance.model_dump())
+
+    _, by_teacher, by_label = costs(Twice())
+    assert by_teacher == [("t", 6, 2_400_000, 400_000)]
+    assert by_label == [("a", 3, 1_200_000, 400_000), ("b", 3, 1_200_000, 400_000)]
+    folder, by_teacher, by_label = costs(Words(), OnlyA())
+    assert folder.status["micro_usd"] == 0
+    assert by_teacher == [("t", 3, 2_400_000, 800_000)]
+    assert by_label == [("b", 0, 1_200_000, None), ("a", 3, 1_200_000, 400_000)]

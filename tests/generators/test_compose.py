@@ -415,6 +415,25 @@ def test_teachers_are_asked_in_the_proportions_of_their_weights() -> None:
         assert abs(asked[:n].count("big") - n / 4) <= 1
 
 
+def test_many_thin_places_keep_the_proportions_together() -> None:
+    stage = Compose(teachers={"small": 3, "big": 1}, per_call=1)
+    labels = sorted(set(bank()["label"]))
+    needs = [Need(missing=missing, label=label, rate=1.0) for label in labels for missing in (1, 3) * 5]
+    asked = [call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=needs))]
+    assert len(asked) == 20 * len(labels)
+    assert asked.count("big") == pytest.approx(5 * len(labels), abs=1)
+
+
+def test_more_than_ten_teachers_share_by_yield_without_one_below_nothing() -> None:
+    names = tuple(f"t{n:02d}" for n in range(12))
+    ctx = FakeContext(
+        seeds=bank(), needs=[Need(missing=120, label="failed_transfer", rate=1.0)], worth=dict.fromkeys(names, 1.0) | {"t00": 90.0}
+    )
+    asked = Counter(call.teacher for call in calls(Compose(teachers=names, by="yield", per_call=1), ctx))
+    assert set(asked) == set(names)
+    assert asked["t00"] >= max(asked.values()) - 1
+
+
 def test_by_yield_the_better_teacher_is_asked_more_and_the_other_not_given_up() -> None:
     stage = Compose(teachers=("small", "big"), by="yield", per_call=1)
     needs = [Need(missing=100, label="failed_transfer", rate=1.0)]
@@ -467,3 +486,25 @@ def test_a_schema_of_outputs_needs_outputs_that_are_written(tmp_path: Path) -> N
     for seeds in (bank(), texts()):
         with pytest.raises(GristmillError, match="output_schema is for outputs"):
             calls(Compose(output_schema=tmp_path / "p.json"), FakeContext(seeds=seeds, needs=[Need(missing=1)]))
+
+
+WRITTEN = {
+    "json": ('["one whole thing", "another that was c', 1),
+    "numbered": ("1. one whole thing\n2. another that was c", 1),
+    "blocks": ("Text: one whole thing\n\nText: another that was c", 1),
+    "text": ("another that was c", 0),
+    "auto": ("another that was c", 0),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+@pytest.mark.parametrize("form", ["chat", "completion"])
+def test_what_an_answer_was_cut_in_is_never_a_sample(how: Any, form: Any, tmp_path: Path) -> None:
+    said, whole = WRITTEN[how]
+    (tmp_path / "mine.j2").write_text("Write {{ n }} texts.\n\n")
+    stage = Compose(template_file=tmp_path / "mine.j2", form=form, parse=how, per_call=1)
+    ctx = Teaching(seeds=texts(), needs=[Need(missing=1, rate=1.0)], answers=lambda call: cut(said))
+    samples, failures = made(stage, ctx)
+    assert [sample.text for sample in samples] == ["one whole thing"] * whole
+    assert [failure.reason for failure in failures] == ["cut"]
+    assert "another that was c" in failures[0].text

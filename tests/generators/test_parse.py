@@ -215,3 +215,25 @@ def test_well_formed_lists_are_read_to_the_letter(items: list[str], start: int, 
 def test_well_formed_blocks_are_read_to_the_letter(pairs: list[tuple[str, str]]) -> None:
     written = "".join(f"Example {n}\nInput: {i}\nOutput: {o}\n\n" for n, (i, o) in enumerate(pairs))
     assert parse(written, "blocks").items == tuple(Item(i, o) for i, o in pairs)
+
+
+@pytest.mark.parametrize(
+    ("text", "items", "cut"),
+    [
+        ('[{"text": "a whole", "tags": ["q", "r', (), '{"text": "a whole", "tags": ["q", "r'),
+        ('[{"input": "a", "output": "b"}, {"inp', (Item("a", "b"),), '{"inp'),
+        ('```json\n["one?", "two?", "thr', (Item("one?"), Item("two?")), '"thr'),
+    ],
+)
+def test_what_stands_inside_an_item_that_was_cut_is_none(text: str, items: tuple[Item, ...], cut: str) -> None:
+    got = parse(text, "json", cut=True)
+    assert (got.items, got.cut) == (items, cut)
+
+
+def test_wherever_an_answer_is_cut_only_whole_items_are_read() -> None:
+    rows = [{"input": f"I{n}", "output": {"input": f"x{n}", "output": ["a", {"text": "t"}], "b": n}} for n in range(3)]
+    for text in (json.dumps({"items": rows}), json.dumps(rows), json.dumps(rows, indent=1), "Here:\n" + json.dumps(rows)):
+        whole = parse(text, "json").items
+        for end in range(len(text)):
+            got = parse(text[:end], "json", cut=True).items
+            assert got == whole[: len(got)]
