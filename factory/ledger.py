@@ -116,6 +116,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """,
     ),
 )
+GATHER_S = 0.002  # how long the first of a batch waits for others: each commit wakes a thread and the disk
 SEGMENT_BYTES = 4 << 20  # of a spool's file; then the next is begun
 PATIENCE_S = 2.0  # with a database that has not yet seen that a process died
 LEDGER_FILE = "ledger.db"  # under the home
@@ -608,6 +609,8 @@ class Ledger:
         going = True
         while going:
             batch = [self._queue.get()]
+            if not isinstance(batch[0], _Work | None):  # a person or a stage waits for those
+                time.sleep(GATHER_S)
             with suppress(queue.Empty):
                 while True:
                     batch.append(self._queue.get_nowait())
