@@ -3,6 +3,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from decimal import Decimal
+from fractions import Fraction
 from importlib import metadata
 
 import pytest
@@ -209,11 +210,12 @@ def test_no_split_of_a_prompt_costs_more_than_the_worst(price, plain, cached, wr
     said = reply(plain + cached + written, tokens_out, cached, written)
     spent = cost(price, said, batch=batch)
     assert spent <= worst_cost(price, said.tokens_in, tokens_out, batch=batch)
-    share = Decimal(str(price.batch)) if batch else 1
+    share = Fraction(str(price.batch)) if batch else 1
     at = [price.input_usd_per_mtok if p is None else p for p in (price.cached_input_usd_per_mtok, price.cache_write_usd_per_mtok)]
-    rates = [Decimal(str(p)) for p in (price.input_usd_per_mtok, *at, price.output_usd_per_mtok)]
+    rates = [Fraction(str(p)) for p in (price.input_usd_per_mtok, *at, price.output_usd_per_mtok)]
     exact = share * sum(n * rate for n, rate in zip((plain, cached, written, tokens_out), rates, strict=True))
-    assert spent - 1 < exact <= spent + Decimal("1e-15")  # Decimal itself rounds at 28 digits
+    little = Fraction(1, 10**15)  # a batch's share of a price is rounded at 28 digits
+    assert spent - 1 - little < exact <= spent + little
 
 
 def test_the_version_is_the_installed_one():
