@@ -25,7 +25,7 @@ import polars as pl
 from factory import rounds
 from factory.embed import Embedder, open_embedder
 from factory.errors import BudgetSpent, RunError
-from factory.gateway import Gateway, filled
+from factory.gateway import NOT_OF_SCHEMA, Gateway, filled
 from factory.progress import RunState, StageState
 from factory.recipe import Recipe, StageLine
 from factory.records import COSTS, LAYOUT
@@ -38,7 +38,6 @@ T = TypeVar("T")
 Lane = queue.SimpleQueue[Sample | pl.DataFrame | None]  # from a stage to the next; None: the end
 BATCHES_AT_ONCE = 8  # of a filter that asks
 BUDGET_SPENT = "budget spent"
-NOT_OF_SCHEMA = "not of the schema"  # as the gateway says it
 _ENOUGH_TO_GIVE_UP = 20  # unanswered calls, when they are also more than the answered ones of a stage
 
 

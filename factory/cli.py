@@ -89,8 +89,8 @@ def plan(recipe: Path, probe: int | None) -> None:
 @click.option(
     "--retry-failed",
     is_flag=True,
-    help="Ask again what finally failed, generators' calls and judges' (timed out, refused by the server, down); what came after is done"
-    " anew. Not asked again: answers that fit no schema, which the ledger holds.",
+    help="Ask again what finally failed, generators' calls and judges' (timed out, refused by the server, down, an answer that fits no"
+    " schema); what came after is done anew.",
 )
 @click.option("--progress", "view", type=click.Choice(["auto", "live", "plain", "quiet"]), default="auto", show_default=True)
 @_told

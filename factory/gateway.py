@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,6 +35,8 @@ from schemas.canonical import canonical_json
 READ_AHEAD = 8  # calls that are entered and wait for a slot of their teacher, besides as many as it has slots
 MOST_WAITING = 4096  # calls of one ask that wait while another teacher than theirs is idle
 BACKOFF_S, BACKOFF_CAP_S = 0.5, 60.0
+NOT_OF_SCHEMA = "not of the schema"  # how the error of such an answer begins
+AGAIN_DRAW = 1 << 40  # from one draw of a question to that which is asked in its stead; far beyond what stages number
 LONG_TEXT = 10_000  # characters
 ELSEWHERE_S = 0.2  # between two looks for an answer that another process is getting
 GRACE_S = 5.0  # how much longer than a teacher's timeout `close` waits for answers that are under way: they are paid for
@@ -160,10 +163,23 @@ class _Asking:
 
 
 class Gateway:
-    """Asks teachers on behalf of one run; a context. `budget_micro_usd` None: no limit. `home`: for the teachers' log files."""
+    """Asks teachers on behalf of one run; a context. `budget_micro_usd` None: no limit. `home`: for the teachers' log files.
 
-    def __init__(self, teachers: Mapping[str, Teacher], ledger: Ledger, *, home: Path, run: str, budget_micro_usd: int | None) -> None:
+    `retry_failed`: a question of which the ledger holds only answers that fit no schema is asked once more.
+    """
+
+    def __init__(
+        self,
+        teachers: Mapping[str, Teacher],
+        ledger: Ledger,
+        *,
+        home: Path,
+        run: str,
+        budget_micro_usd: int | None,
+        retry_failed: bool = False,
+    ) -> None:
         self._teachers, self._ledger, self._home, self._run, self._budget = teachers, ledger, home, run, budget_micro_usd
+        self._retry_failed = retry_failed
         self._desks: dict[str, _Desk] = {}
         self._inbox: deque[tuple[Call, _Asking]] = deque()
         self._inbox_seen = True
@@ -320,6 +336,8 @@ class Gateway:
             self._stop(asking)
         for key in [*self._left]:
             self._let_go(key)
+        for desk in self._desks.values():
+            desk.line.give_up_opening()
         if self._tasks and grace_s:
             await asyncio.wait(self._tasks, timeout=grace_s)
         for task in self._tasks:
@@ -354,6 +372,18 @@ class Gateway:
             asking.done.put((call.teacher, answer))
 
     async def _answer(self, call: Call, desk: _Desk, asking: _Asking) -> Answer:
+        """Ask. An answer that fits no schema stands in the ledger for ever, so what is asked again is another draw of the question."""
+        answer = await self._fitting_answer(call, desk, asking)
+        for draw in count(call.draw + AGAIN_DRAW, AGAIN_DRAW):
+            if answer.fresh or not (answer.error or "").startswith(NOT_OF_SCHEMA):
+                break
+            another = call.model_copy(update={"draw": draw})
+            if not self._retry_failed and not await self._is_known(another, desk):
+                break
+            answer = _joined(answer, await self._fitting_answer(another, desk, asking))
+        return answer
+
+    async def _fitting_answer(self, call: Call, desk: _Desk, asking: _Asking) -> Answer:
         """Ask; where the answer should fit a schema and does not, ask once more with what is wrong."""
         answer = await self._ask_some(call, desk, asking)
         if call.json_schema is None or answer.reply is None or answer.reply.finish == "refused":
@@ -367,7 +397,7 @@ class Gateway:
             reply = answer.reply
             fitting = await _fitting(reply, schema)
         if fitting.text is None:
-            return answer.model_copy(update={"reply": None, "error": f"not of the schema: {fitting.problem}"})
+            return answer.model_copy(update={"reply": None, "error": f"{NOT_OF_SCHEMA}: {fitting.problem}"})
         return answer.model_copy(update={"reply": reply.model_copy(update={"text": fitting.text})})
 
     async def _ask_some(self, call: Call, desk: _Desk, asking: _Asking) -> Answer:
@@ -394,6 +424,9 @@ class Gateway:
                 desk.counts["from_ledger"] += 1
                 return _answered(call, question, answer, desk)
         return None
+
+    async def _is_known(self, call: Call, desk: _Desk) -> bool:
+        return bool(await self._ledger.look([Question.of(desk.sent(call), await self._identity(desk)).key]))
 
     async def _ask_one(self, call: Call, desk: _Desk, asking: _Asking) -> Answer:
         sent = desk.sent(call)
@@ -464,7 +497,7 @@ class Gateway:
             await _pause(asking, ELSEWHERE_S)
             return
         if batcher.fault:
-            raise Away(batcher.fault, lasting=True)
+            raise Away(batcher.fault)
         if self._loop.time() - self._adopted_at > ELSEWHERE_S:
             await self._adopt()
         await _pause(asking, batcher.batching.poll_s if desk.batch else ELSEWHERE_S)
@@ -500,6 +533,8 @@ class Gateway:
                         held = self._release()
                     if final:
                         return _answered(call, question, None, desk, error=str(fault))
+                    if held:
+                        self._ledger.came_back(entry)
                     await _back_off(asking, fault, retries)
                     if not held:  # the answer was lost on its way, and to ask again is to pay again
                         entered = await self._enter(question, sent, desk, asking)
@@ -526,7 +561,7 @@ class Gateway:
                 return _answered(call, question, await desk.batcher.ask(entry, question, sent, asking), desk, fresh=True)
             except TeacherFault as fault:
                 if fault.kind == "stop":
-                    raise Away(fault, lasting=True) from fault
+                    raise Away(fault) from fault
                 retries += fault.kind == "again"
                 if fault.kind == "never" or retries > desk.teacher.retries:
                     return _answered(call, question, None, desk, error=str(fault))
@@ -540,16 +575,21 @@ class Gateway:
             entry = entered
 
     async def _ask_at(self, turn: Turn, entry: int, sent: Call, desk: _Desk) -> Heard:
-        try:
-            self._ledger.sending(entry)
-        except BaseException:
-            desk.line.ended(turn, None)
-            raise
+        """Ask once, at the way of this turn, and tell its pace and its circuit how that went."""
+        how: Heard | TeacherFault | None = None
         desk.counts["in_flight"] += 1
         try:
-            return await desk.line.ask(turn, sent, sent.params, self._home, self._connections)
+            connection = await desk.line.connected(turn.way, self._home, self._connections)
+            self._ledger.sending(entry)
+            how = heard = await connection.ask(sent, sent.params)
+        except TeacherFault as fault:
+            how = fault
+            raise
+        else:
+            return heard
         finally:
             desk.counts["in_flight"] -= 1
+            desk.line.ended(turn, how)
 
     async def _settle(self, call: Call, question: Question, entry: int, heard: Heard, seconds: float, desk: _Desk) -> Answer:
         reply = heard.reply
@@ -615,6 +655,6 @@ def _answered(call: Call, question: Question, known: Known | None, desk: _Desk, 
 
 
 def _joined(first: Answer, second: Answer) -> Answer:
-    """The second answer, with the money of both."""
+    """The second answer, with the money of both, for the first one's call."""
     money = None if None in (first.micro_usd, second.micro_usd) else (first.micro_usd or 0) + (second.micro_usd or 0)
-    return second.model_copy(update={"call": first.call, "key": first.key, "micro_usd": money, "fresh": first.fresh or second.fresh})
+    return second.model_copy(update={"call": first.call, "micro_usd": money, "fresh": first.fresh or second.fresh})

@@ -407,6 +407,12 @@ class Ledger:
             raise StoreError(f"can't write: {error.strerror or error}", where=str(self._spools), next=next) from error
         self._in_flight.add(entry)
 
+    def came_back(self, entry: int) -> None:
+        """Note that a call which had left cost nothing, as it was refused: before it leaves again it can't have been paid for."""
+        self._in_flight.discard(entry)
+        with suppress(OSError):  # then it counts as lost, if its process dies just now
+            self._keep(-entry)
+
     def settle(self, entry: int, reply: Reply, cost: int | None, seconds: float | None = None) -> asyncio.Future[Known]:
         """Keep an answer, what it cost (micro-USD) and how long it took; gives, once that is on disk, the answer that stands.
 
@@ -841,15 +847,21 @@ class Ledger:
     def _bury_one(self, owner: str) -> None:
         """Settle what had arrived; what had been sent is lost, and what never left has failed. After a crash of the machine nobody
         knows what left: all is lost then, as it is where the spool lies on another machine."""
-        paths = sorted(self._spools.glob(f"{owner}.*.spool"))
+        paths = sorted(self._spools.glob(f"{owner}.*.spool"), key=lambda path: int(path.name.split(".")[1]))
         arrived: list[list[Any]] = []
         sent: set[int] = set()
         told = bool(paths)
         for path in paths:
             (booted, in_flight), *rest = [*map(orjson.loads, frames(path))] or [["", []]]
             told &= booted == boot() != ""
-            sent.update(in_flight, (item for item in rest if isinstance(item, int)))
-            arrived += (item for item in rest if isinstance(item, list))
+            sent = set(in_flight)
+            for item in rest:
+                if isinstance(item, list):
+                    arrived.append(item)
+                elif item > 0:
+                    sent.add(item)
+                else:
+                    sent.discard(-item)
         for first in range(0, len(arrived), 500):
             self._settle_rows(arrived[first : first + 500])
         if told:

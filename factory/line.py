@@ -10,14 +10,13 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from factory.errors import TeacherFault
 from factory.pace import Pace, Sent
 from factory.teacher import Connection, Heard, Port, Teacher
-from schemas.call import Call, Params
 
 CIRCUIT_AFTER = 8  # faults in a row, or twice as many as there are requests in flight if that is more, that open a port's circuit
 PROBE_S, PROBE_CAP_S = 0.5, 30.0  # the pause before the first probe of an open circuit, and the longest
@@ -26,11 +25,11 @@ BUSY_PATIENCE_S = 900.0  # how long a port may refuse everything for its rate li
 
 
 class Away(Exception):
-    """No port of a teacher can be asked now: it is down for good (`lasting`), or a fallback had better be asked meanwhile."""
+    """No port of a teacher can be asked now: it is down for good, or a fallback had better be asked meanwhile."""
 
-    def __init__(self, fault: TeacherFault, *, lasting: bool) -> None:
+    def __init__(self, fault: TeacherFault) -> None:
         super().__init__(str(fault))
-        self.fault, self.lasting = fault, lasting
+        self.fault = fault
 
 
 class Dropped(Exception):
@@ -44,7 +43,7 @@ class Way:
     port: Port
     pace: Pace
     connection: Connection | None = None
-    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    opening: asyncio.Task[Connection] | None = None
     answered: bool = False
     faults: int = 0  # in a row
     down_since: float | None = None  # the circuit is open since then
@@ -105,7 +104,6 @@ class Turn(NamedTuple):
     way: Way
     sent: Sent
     began: float
-    probe: bool
 
 
 class Line:
@@ -176,22 +174,30 @@ class Line:
                 return
             queue.popleft()
             self._waiting.move_to_end(asker)
-            way.probing = probe = way.down_since is not None
-            future.set_result(Turn(way, way.pace.send(tokens, now), now, probe))
+            way.probing = way.down_since is not None
+            future.set_result(Turn(way, way.pace.send(tokens, now), now))
 
-    async def ask(self, turn: Turn, sent: Call, params: Params, home: Path, connections: AsyncExitStack) -> Heard:
-        """Ask at the way of this turn, and tell its pace and its circuit how it went. Raises TeacherFault."""
-        try:
-            connection = turn.way.connection or await self._connect(turn.way, home, connections)
-            heard = await connection.ask(sent, params)
-        except TeacherFault as fault:
-            self.ended(turn, fault)
-            raise
-        except BaseException:
-            self.ended(turn, None)
-            raise
-        self.ended(turn, heard)
-        return heard
+    async def connected(self, way: Way, home: Path, connections: AsyncExitStack) -> Connection:
+        """The way's connection, opened if need be. Raises TeacherFault, and Dropped where the opening was given up."""
+        if way.connection is None:
+            opening = way.opening = way.opening or self._loop.create_task(connections.enter_async_context(way.port.connect(home)))
+            try:
+                way.connection = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                if opening.cancelled():
+                    raise Dropped from None
+                raise
+            except BaseException:
+                if way.opening is opening:
+                    way.opening = None  # the next may have more luck
+                raise
+        return way.connection
+
+    def give_up_opening(self) -> None:
+        """Open no connection that is not open yet: a server may take minutes, and nothing was sent to it."""
+        for way in self.ways:
+            if way.opening is not None:
+                way.opening.cancel()
 
     def ended(self, turn: Turn, how: Heard | TeacherFault | None) -> None:
         """A turn is over: it brought an answer, a fault, or (None) nothing that says anything of the server."""
@@ -214,28 +220,22 @@ class Line:
             self._last_fault = how
         self._freed(way.pace)
 
-    async def _connect(self, way: Way, home: Path, connections: AsyncExitStack) -> Connection:
-        async with way.opening:
-            if way.connection is None:
-                way.connection = await connections.enter_async_context(way.port.connect(home))
-            return way.connection
-
     def _away(self, now: float) -> Away | None:
         """Why nobody can be asked now; None: somebody can, or may be soon."""
         if all(way.dead for way in self.ways):
             fault = self.ways[-1].dead
             assert fault is not None
-            return Away(fault, lasting=True)
+            return Away(fault)
         if self.teacher.fallback and self._last_fault and all(way.dead or way.probes_failed for way in self.ways):
             probe_due = any(not way.dead and not way.probing and way.probe_at <= now for way in self.ways)
-            return None if probe_due else Away(self._last_fault, lasting=False)
+            return None if probe_due else Away(self._last_fault)
         return None
 
     def _turn_away(self, away: Away) -> None:
         for queue in self._waiting.values():
             for _, future in queue:
                 if not future.done():
-                    future.set_exception(Away(away.fault, lasting=away.lasting))
+                    future.set_exception(Away(away.fault))
         self._waiting.clear()
 
 

@@ -13,26 +13,13 @@ from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-
-class Tally(Protocol):
-    """What was asked so far; tokens and money are of new answers only."""
-
-    @property
-    def in_flight(self) -> int: ...
-    @property
-    def answered(self) -> int: ...
-    @property
-    def from_ledger(self) -> int: ...
-    @property
-    def tokens_out(self) -> int: ...
-    @property
-    def micro_usd(self) -> int: ...
+    from factory.gateway import Snapshot
 
 
 class Meter(Protocol):
     """The gateway, as far as a view needs it."""
 
-    def snapshot(self) -> Tally: ...
+    def snapshot(self) -> Snapshot: ...
 
 
 @dataclass
@@ -117,7 +104,10 @@ def _plain(state: RunState, out: TextIO) -> Iterator[None]:
                 beat = time.monotonic()
         if time.monotonic() - beat > 30:
             beat = time.monotonic()
-            print(f"round {state.round:02d} {state.accepted}/{state.wanted} accepted · {summary(state)}", file=out, flush=True)
+            print(
+                f"round {state.round:02d} {state.accepted}/{state.wanted} accepted · {summary(state)}", *paces(state), sep="\n  ", file=out
+            )
+            out.flush()
 
     def loop() -> None:
         while not stop.wait(0.2):
@@ -155,6 +145,14 @@ def summary(state: RunState) -> str:
     return " · ".join(parts)
 
 
+def paces(state: RunState) -> list[str]:
+    """A line a teacher that is being asked: how fast, and what holds it back; or how far its batches are."""
+    if state.meter is None:
+        return []
+    m = state.meter.snapshot()
+    return [f"{name}: {pace}" for name, pace in m.paces.items() if m.teachers[name].in_flight]
+
+
 def render(state: RunState) -> RenderableType:
     """The live view: stages of the round at hand, the places of the target filling, and the summary."""
     from rich.console import Group
@@ -174,7 +172,7 @@ def render(state: RunState) -> RenderableType:
     whole = Table.grid(padding=(0, 2))
     whole.add_row(ProgressBar(total=state.wanted, completed=state.accepted, width=48), f"{state.accepted}/{state.wanted} accepted")
     head = Text.assemble((state.name, "bold"), f"  round {state.round}")
-    return Group(head, stages, places, whole, Text(summary(state)))
+    return Group(head, stages, places, whole, Text(summary(state)), *(Text(line, style="dim") for line in paces(state)))
 
 
 def _counts(stage: StageState) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import polars as pl
 
 from factory import rounds
-from factory.chain import BUDGET_SPENT, NOT_OF_SCHEMA, Stages, Tally, World
+from factory.chain import BUDGET_SPENT, Stages, Tally, World
 from factory.errors import RunError, RunLocked
 from factory.gateway import Gateway
 from factory.ledger import Ledger, open_ledger
@@ -55,7 +55,9 @@ def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "q
         ledger = stack.enter_context(open_ledger(home))
         budget = recipe.target.budget_usd
         micro = None if budget is None else int(budget * 1_000_000)
-        gateway = stack.enter_context(Gateway(recipe.teachers, ledger, home=home, run=folder.name, budget_micro_usd=micro))
+        gateway = stack.enter_context(
+            Gateway(recipe.teachers, ledger, home=home, run=folder.name, budget_micro_usd=micro, retry_failed=retry_failed)
+        )
         state = RunState(recipe.name, recipe.target.accepted, micro, meter=gateway)
         with shown(state, view):
             _Mill(recipe, folder, ledger, gateway, state).turn(retry_failed=retry_failed)
@@ -65,14 +67,13 @@ def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "q
 def failed_calls(run: RunFolder) -> int:
     """Calls, of generators and judges, that finally failed and that `retry_failed` would ask again.
 
-    Not those that the budget kept from being asked, which more money asks; nor those whose answer fits no schema, since the
-    ledger holds that answer and would give it again.
+    Not those that the budget kept from being asked, which more money asks.
     """
     return sum(n for stage in run.stages for n in _failed(stage).values())
 
 
 def _failed(stage: Mapping[str, Any]) -> dict[str, int]:
-    return {reason: n for reason, n in stage.get("unanswered", {}).items() if reason not in (BUDGET_SPENT, NOT_OF_SCHEMA)}
+    return {reason: n for reason, n in stage.get("unanswered", {}).items() if reason != BUDGET_SPENT}
 
 
 class _Mill:

@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from factory import line as line_module
 from factory.errors import BudgetSpent, RunError, TeacherDown
 from factory.gateway import Gateway, estimate, filled
 from factory.ledger import Ledger
-from factory.teacher import Price, Teacher
+from factory.teacher import Connection, Price, Teacher
 from generators.teachers.fake import Fake
 from generators.teachers.openai import OpenAI
 from schemas.call import Answer, Call, Params
@@ -658,3 +658,78 @@ def test_an_answer_that_never_fits_is_a_failure_with_its_reason(server: MockServ
     assert answer.error.startswith("not of the schema: ")
     assert "integer" in answer.error
     assert len(server.received) == 2
+
+
+def test_an_answer_that_fits_no_schema_is_asked_for_again_only_when_that_is_wanted(
+    server: MockServer, ledger: Ledger, tmp_path: Path
+) -> None:
+    def ask(*, retry_failed: bool) -> Answer:
+        with Gateway({"t": priced(server)}, ledger, home=tmp_path, run="r", budget_micro_usd=None, retry_failed=retry_failed) as gateway:
+            [answer] = asked(gateway, structured())
+        return answer
+
+    server.answer = lambda question: "I won't say."
+    assert ask(retry_failed=False).reply is None
+    assert ask(retry_failed=False).reply is None
+    assert len(server.received) == 2  # the question and its correction, once
+    assert ask(retry_failed=True).reply is None
+    assert len(server.received) == 4  # another draw
+    server.answer = lambda question: '{"age": 7}'
+    right = ask(retry_failed=True)
+    assert right.reply is not None
+    assert (right.reply.text, right.call, len(server.received)) == ('{"age":7}', structured()[0], 5)
+    again = ask(retry_failed=False)  # what was bought is used from then on
+    assert (again.reply, again.key, again.fresh, len(server.received)) == (right.reply, right.key, False, 5)
+    record = ledger.get(right.key)
+    assert record is not None
+    assert record.answer is not None
+    assert record.answer.reply.text == '{"age": 7}'  # the key is that of the question which was answered so
+
+
+def test_what_was_refused_and_waits_is_not_called_lost_when_its_process_dies(server: MockServer, tmp_path: Path) -> None:
+    server.always = Fault(429, headers={"Retry-After": "600"})
+    script = (
+        "import os, sys, threading, time; from pathlib import Path\n"
+        "from factory.gateway import Gateway; from factory.ledger import Ledger\n"
+        "from generators.teachers.openai import OpenAI; from schemas.call import Call\n"
+        "teacher = OpenAI(model='m', base_url=sys.argv[2], provider='p')\n"
+        "ledger = Ledger.open(Path(sys.argv[1]))\n"
+        "gateway = Gateway({'t': teacher}, ledger, home=Path(sys.argv[1]).parent, run='r', budget_micro_usd=None).__enter__()\n"
+        "ask = lambda: list(gateway.ask([Call(teacher='t', prompt='q')], stage='s', round=1))\n"
+        "threading.Thread(target=ask, daemon=True).start()\n"
+        "while not gateway.snapshot().asked or gateway.snapshot().in_flight or not ledger._spool or ledger._in_flight: time.sleep(0.05)\n"
+        "while not ledger._open: time.sleep(0.05)\n"
+        "time.sleep(0.3); os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "ledger.db", f"{server.url}/v1"], check=False, timeout=60)
+    assert done.returncode == -9
+    assert len(server.received) == 1
+    with Ledger.open(tmp_path / "ledger.db") as ledger:
+        [total] = ledger.sums("run")
+        assert (total.failed, total.lost, total.open) == (1, 0, 0)
+
+
+def test_an_interrupt_does_not_wait_for_a_connection_that_is_still_being_opened(ledger: Ledger, tmp_path: Path) -> None:
+    class Slow(Fake):
+        @asynccontextmanager
+        async def connect(self, home: Path) -> AsyncIterator[Connection]:
+            began.set()
+            await asyncio.sleep(3600)
+            yield None  # type: ignore[misc]
+
+    began, ends = threading.Event(), []
+
+    def ask() -> None:
+        try:
+            asked(gateway, prompts(3))
+        except RunError as error:
+            ends.append(error)
+
+    with opened(ledger, tmp_path, {"t": Slow()}) as gateway:
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert began.wait(10)
+    thread.join(10)
+    assert "stopped while it asked" in str(ends[0])
+    [total] = ledger.sums("run")
+    assert (total.failed, total.lost, total.open) == (3, 0, 0)  # nothing was sent

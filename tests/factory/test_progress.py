@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
-from factory.progress import RunState, StageState, shown
+from rich.console import Console
+
+from factory.gateway import Snapshot, Tally
+from factory.progress import RunState, StageState, paces, render, shown
 
 
 def test_every_stage_that_ended_has_its_line_however_fast_the_next_round_began() -> None:
@@ -15,3 +19,14 @@ def test_every_stage_that_ended_has_its_line_however_fast_the_next_round_began()
             state.begin(number, [stage])
             stage.state, stage.done, stage.kept = "done", number, 2
     assert out.getvalue().splitlines() == [f"round 0{n} 02-words       {n} answers, 2 samples" for n in (1, 2, 3)]
+
+
+def test_a_view_says_how_fast_a_teacher_is_asked_and_why() -> None:
+    busy = Tally(asked=3, in_flight=2)
+    told = Snapshot(in_flight=2, teachers={"t": busy, "idle": Tally()}, paces={"t": "batch b_1: 40 of 1,000 done", "idle": "8 at once"})
+    state = RunState("tiny", 6, None, meter=SimpleNamespace(snapshot=lambda: told))
+    assert paces(state) == ["t: batch b_1: 40 of 1,000 done"]
+    console = Console(width=100)
+    with console.capture() as shown_text:
+        console.print(render(state))
+    assert "40 of 1,000 done" in shown_text.get()
