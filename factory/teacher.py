@@ -33,6 +33,9 @@ class Price(BaseModel):
     batch: float = Field(0.5, ge=0, le=1)
 
 
+FREE = Price(input_usd_per_mtok=0, output_usd_per_mtok=0)
+
+
 class Limits(BaseModel):
     """What a teacher's account may use a minute, where its server does not say so in its headers."""
 

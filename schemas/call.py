@@ -85,13 +85,16 @@ class Reply(BaseModel):
     top_logprobs: str | None = None
 
 
+Of = Literal["requests", "tokens", "tokens_in", "tokens_out"]
+
+
 class Reading(NamedTuple):
     """What a server's headers say of one of its rate limits: so many of `limit` are left, and it is full again in `reset_s` seconds.
 
     `of` is what it limits: requests, or tokens (of both directions, of questions, of answers).
     """
 
-    of: Literal["requests", "tokens", "tokens_in", "tokens_out"]
+    of: Of
     limit: int
     remaining: int
     reset_s: float | None = None

@@ -7,13 +7,24 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from factory.errors import TeacherFault
 from factory.teacher import BatchConnection, Batching, Connection, Heard, Port, Teacher
-from generators.teachers.http import Server, addresses, each, missing_keys, open_server, ports_of, read_key, server_name
+from generators.teachers.http import (
+    Server,
+    addresses,
+    each,
+    in_the_shape_of,
+    missing_keys,
+    named,
+    open_server,
+    ports_of,
+    read_key,
+    server_name,
+)
 from generators.teachers.openai import counted
 from generators.teachers.strict import as_object, from_object
 from schemas.call import Call, Finish, Params, Reply
@@ -46,11 +57,7 @@ class Anthropic(Teacher):
 
     _addresses = field_validator("base_url")(addresses)
 
-    @model_validator(mode="after")
-    def _named(self) -> Self:
-        if len(self.servers) > 1 and not self.provider:
-            raise ValueError("several servers in base_url need one name for all, since they answer alike: set provider")
-        return self
+    _named = model_validator(mode="after")(named)
 
     @property
     def servers(self) -> tuple[str, ...]:
@@ -103,11 +110,8 @@ class AnthropicConnection:
 
     async def ask(self, call: Call, params: Params) -> Heard:
         answer, readings = await self.server.post("/v1/messages", question(call, params, self.model))
-        try:
+        with in_the_shape_of("Anthropic", answer, readings):
             return Heard(reply_of(answer, call), readings)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            message = f"an answer of another shape than Anthropic's: {str(answer)[:200]}"
-            raise TeacherFault("again", message, paid=True, readings=readings) from error
 
 
 def question(call: Call, params: Params, model: str) -> dict[str, Any]:

@@ -18,7 +18,18 @@ from pydantic import field_validator
 
 from factory.errors import TeacherFault
 from factory.teacher import Connection, Heard, Port, Teacher
-from generators.teachers.http import CONNECT_S, address, each, fault_of, missing_keys, ports_of, read_key, readings_of, server_name
+from generators.teachers.http import (
+    CONNECT_S,
+    address,
+    each,
+    fault_of,
+    in_the_shape_of,
+    missing_keys,
+    ports_of,
+    read_key,
+    readings_of,
+    server_name,
+)
 from generators.teachers.openai import Structured, question, reply_of
 from schemas.call import Call, Params
 
@@ -90,11 +101,8 @@ class AzureConnection:
             async with asyncio.timeout(teacher.timeout_s):
                 said = await self._post(body)
         readings = readings_of(said.headers)
-        try:
+        with in_the_shape_of("Azure", said.content, readings):
             return Heard(reply_of(orjson.loads(said.content), call, params, structured), readings)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            message = f"an answer of another shape than Azure's: {said.content[:200]!r}"
-            raise TeacherFault("again", message, paid=True, readings=readings) from error
 
     async def _post(self, body: dict[str, Any]) -> Any:
         asked = "prompt" if "prompt" in body else "messages"

@@ -15,7 +15,7 @@ from factory.errors import TeacherFault
 from factory.teacher import BatchItem, BatchStatus, Trace
 from generators.teachers import anthropic as claude
 from generators.teachers import openai as gpt
-from generators.teachers.http import HERE, fault_of, server_name
+from generators.teachers.http import HERE, fault_of, in_the_shape_of, server_name
 from schemas.call import Call, Reply
 
 if TYPE_CHECKING:  # each takes a second to import, which only a run with batches should wait for
@@ -239,9 +239,10 @@ def _refused(batch: Batch) -> TeacherFault:
 
 def _read(read: Callable[[], Reply], answer: object) -> Reply | TeacherFault:
     try:
-        return read()
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        return TeacherFault("again", f"an answer of another shape than the provider's: {str(answer)[:200]}", paid=True)
+        with in_the_shape_of("the provider", answer):
+            return read()
+    except TeacherFault as fault:
+        return fault
 
 
 @contextmanager

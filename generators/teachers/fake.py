@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from factory.errors import TeacherFault
-from factory.teacher import Connection, Heard, Price, Teacher
+from factory.teacher import FREE, Connection, Heard, Price, Teacher
 from schemas.call import Call, Finish, Params, Reply
 from schemas.canonical import content_hash
 
@@ -46,7 +46,7 @@ class Fake(Teacher):
         return "fake", f"{self.model}@{content_hash('', [self.mode, self.answers])[:16]}"
 
     def known_price(self, tokens_in: int | None = None) -> Price:
-        return self.price or Price(input_usd_per_mtok=0, output_usd_per_mtok=0)
+        return self.price or FREE
 
     @asynccontextmanager
     async def connect(self, home: Path) -> AsyncIterator[Connection]:

@@ -11,20 +11,20 @@ import os
 import re
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import orjson
 
 from factory.errors import TeacherFault
 from factory.teacher import Connection, Port, Teacher
-from schemas.call import Reading
+from schemas.call import Of, Reading
 
 if TYPE_CHECKING:
     import aiohttp
@@ -44,9 +44,6 @@ CONNECT_S = 10.0
 # Longer than a minute's rate limit lets a connection lie idle, so that it is not opened anew for each burst.
 KEEP_ALIVE_S = 75.0
 LARGE_BYTES = 1 << 20  # aiohttp warns of larger bodies that are not a file
-
-
-Of = Literal["requests", "tokens", "tokens_in", "tokens_out"]
 
 
 class _Names(NamedTuple):
@@ -337,10 +334,27 @@ def _account(variable: str | None) -> str:
     return hashlib.blake2b(key.encode(), digest_size=4).hexdigest() if key else variable or "no key"
 
 
+@contextmanager
+def in_the_shape_of(whose: str, answer: object, readings: tuple[Reading, ...] = ()) -> Iterator[None]:
+    """Name what goes wrong while an answer that was given, and so may be on the bill, is taken apart."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        said = str(answer)[:200]
+        raise TeacherFault("again", f"an answer of another shape than {whose}'s: {said}", paid=True, readings=readings) from error
+
+
+def named(teacher: Any) -> Any:
+    """Check that a teacher of several servers has a name for them all (pydantic's `model_validator`)."""
+    if len(teacher.servers) > 1 and not teacher.provider:
+        raise ValueError("several servers in base_url need one name for all, since they answer alike: set provider")
+    return teacher
+
+
 def _proxy(url: str) -> str | None:
     """The system's proxy for an address; None: it is reached without one."""
     parts = urlsplit(url)
-    if urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
+    if urllib.request.proxy_bypass(server_name(url)):
         return None
     return urllib.request.getproxies().get(parts.scheme)
 

@@ -9,17 +9,17 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from factory.errors import MissingExtra, TeacherDown, TeacherFault
-from factory.teacher import Connection, Heard, Price, Teacher
+from factory.teacher import FREE, Connection, Heard, Price, Teacher
 from generators.teachers.http import open_server
 from generators.teachers.models import DEFAULT_MODEL, PACKAGED, find_model, missing_model, weights_hash
 from generators.teachers.openai import OpenAIConnection
+from generators.teachers.started import StartedConnection, last_words
 from schemas.call import KEY_VERSION, Call, Params
 
 
@@ -52,11 +52,10 @@ class Local(Teacher):
         path = find_model(self.model)
         if path is None:
             raise TeacherDown(missing_model(self.model))
-        stat = path.stat()
-        return "local", f"{path.stem}@{_hash(path, stat.st_size, stat.st_mtime_ns)}"
+        return "local", f"{path.stem}@{weights_hash(path)}"
 
     def known_price(self, tokens_in: int | None = None) -> Price:
-        return self.price or Price(input_usd_per_mtok=0, output_usd_per_mtok=0)
+        return self.price or FREE
 
     def check(self) -> str | None:
         if importlib.util.find_spec("xllamacpp") is None:
@@ -89,29 +88,22 @@ class Local(Teacher):
             address = (await process.stdout.readline()).decode().strip()
             if not address:
                 await process.wait()
-                raise TeacherFault("stop", f"llama.cpp can't serve {path}: {_last_words(log)} (all of it: {log})")
+                raise TeacherFault("stop", f"llama.cpp can't serve {path}: {last_words(log)} (all of it: {log})")
             async with open_server(address + "/v1", self) as server:
-                yield LocalConnection(OpenAIConnection(server, path.stem), process, log)
+                yield StartedConnection(Seeded(OpenAIConnection(server, path.stem)), process, log, "local server")
         finally:
             await _stop(process)
 
 
 @dataclass(frozen=True)
-class LocalConnection:
-    """Speaks the OpenAI protocol to a server that is ours; when that has died, no call will be answered."""
+class Seeded:
+    """Sends a seed along, so that a run is repeatable as far as llama.cpp is."""
 
     inner: OpenAIConnection
-    process: asyncio.subprocess.Process
-    log: Path
 
     async def ask(self, call: Call, params: Params) -> Heard:
         params = params.model_copy(update={"extra": {"seed": _seed(call, params), **params.extra}})
-        try:
-            return await self.inner.ask(call, params)
-        except TeacherFault as fault:
-            if self.process.returncode is not None:
-                raise TeacherFault("stop", f"the local server has died: {_last_words(self.log)} (all of it: {self.log})") from fault
-            raise
+        return await self.inner.ask(call, params)
 
 
 def _seed(call: Call, params: Params) -> int:
@@ -129,18 +121,8 @@ def physical_cores() -> int:
     return os.cpu_count() or 1
 
 
-@cache
-def _hash(path: Path, size: int, mtime_ns: int) -> str:  # size and time are only there to notice a file that was replaced
-    return weights_hash(path)
-
-
 def _missing_package() -> MissingExtra:
     return MissingExtra("xllamacpp", "local", "a teacher of the kind 'local'")
-
-
-def _last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else "it said nothing"
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

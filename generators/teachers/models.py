@@ -10,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -91,6 +92,12 @@ def fetch_model(name: str) -> Path:
 
 def weights_hash(path: Path) -> str:
     """16 hex digits of BLAKE2b over a whole file: what answers is the weights, whatever their file is called."""
+    stat = path.stat()
+    return _hash(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _hash(path: Path, size: int, mtime_ns: int) -> str:  # size and time are only there to notice a file that was replaced
     digest = hashlib.blake2b(digest_size=8)
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import orjson
@@ -19,7 +19,18 @@ from pydantic import Field, field_validator, model_validator
 
 from factory.errors import TeacherFault
 from factory.teacher import BatchConnection, Batching, Connection, Heard, Port, Teacher
-from generators.teachers.http import Server, addresses, each, missing_keys, open_server, ports_of, read_key, server_name
+from generators.teachers.http import (
+    Server,
+    addresses,
+    each,
+    in_the_shape_of,
+    missing_keys,
+    named,
+    open_server,
+    ports_of,
+    read_key,
+    server_name,
+)
 from generators.teachers.strict import Schema, as_object, from_object, stated, strict, without_nulls
 from schemas.call import Call, Finish, Params, Reply
 from schemas.logprobs import pack
@@ -59,11 +70,7 @@ class OpenAI(Teacher):
 
     _addresses = field_validator("base_url")(addresses)
 
-    @model_validator(mode="after")
-    def _named(self) -> Self:
-        if len(self.servers) > 1 and not self.provider:
-            raise ValueError("several servers in base_url need one name for all, since they answer alike: set provider")
-        return self
+    _named = model_validator(mode="after")(named)
 
     @property
     def servers(self) -> tuple[str, ...]:
@@ -131,11 +138,8 @@ class OpenAIConnection:
     async def ask(self, call: Call, params: Params) -> Heard:
         body = question(call, params, self.model, self.limit, self.structured)
         answer, readings = await self.server.post("/chat/completions" if call.prompt is None else "/completions", body)
-        try:
+        with in_the_shape_of("OpenAI", answer, readings):
             return Heard(reply_of(answer, call, params, self.structured), readings)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            message = f"an answer of another shape than OpenAI's: {str(answer)[:200]}"
-            raise TeacherFault("again", message, paid=True, readings=readings) from error
 
 
 def question(call: Call, params: Params, model: str, limit: str, structured: Structured) -> dict[str, Any]:

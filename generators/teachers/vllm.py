@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,23 +21,16 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from factory.errors import TeacherFault
-from factory.teacher import Connection, Heard, Port, Price, Teacher
+from factory.teacher import FREE, Connection, Port, Price, Teacher
 from generators.teachers.guard import guarded
 from generators.teachers.http import addresses, each, missing_keys, open_server, ports_of, read_key
 from generators.teachers.models import weights_hash
 from generators.teachers.openai import OpenAIConnection
-from schemas.call import Call, Params
+from generators.teachers.started import StartedConnection, last_words
 
 MODULE = "vllm.entrypoints.openai.api_server"  # where vLLM's command `vllm serve` is missing, as in its builds for CPUs, this works
 OURS = {"host": "we choose it", "port": "we choose it", "uds": "we choose it", "api-key": "we choose it", "model": "use weights"}
 POLL_S = 0.25
-
-# What Python, pydantic and argparse call an error, with or without the head of vLLM's own lines. Of the errors of several
-# processes the last is the one to read, except for those that only refer to it.
-ERROR = re.compile(
-    r"(?:\([^)]*pid=\d+\) )?(?:ERROR [\d-]+ [\d:]+ \[[^\]]*\] )?((?:[\w.]+(?:Error|Exception): |Value error, |\S+: error: ).*)"
-)
-SAYS_NOTHING = "root cause"
 
 # Arguments of vLLM that change its speed, or what it takes, and no answer. All others are part of who answers.
 NOT_IDENTITY = {
@@ -122,7 +114,7 @@ class VLLM(Teacher):
         return "vllm", " ".join([who, *(f"{name}={json.dumps(said[name], sort_keys=True, default=str)}" for name in kept)])
 
     def known_price(self, tokens_in: int | None = None) -> Price:
-        return self.price or Price(input_usd_per_mtok=0, output_usd_per_mtok=0)
+        return self.price or FREE
 
     def check(self) -> str | None:
         if self.base_url:
@@ -163,17 +155,17 @@ class VLLM(Teacher):
             url = f"http://127.0.0.1:{port}"
             await self._wait(url, process, log)
             async with open_server(f"{url}/v1", self, {"Authorization": f"Bearer {key}"}) as server:
-                yield StartedConnection(OpenAIConnection(server, self.model), process, log)
+                yield StartedConnection(OpenAIConnection(server, self.model), process, log, "vLLM server")
 
     @asynccontextmanager
     async def _within(self, home: Path) -> AsyncIterator[Connection]:
-        from generators.teachers.vllm_engine import open_engine
+        from generators.teachers.vllm_engine import EngineConnection, open_engine
 
         if missing := self.check():
             raise TeacherFault("stop", missing)
         environment = {name: str(value) for name, value in self.environment.items()}
         async with open_engine(self._options(), environment, self._log(home, "in-process")) as engine:
-            yield engine.connection(self.model, self.timeout_s)
+            yield EngineConnection(engine, self.model, self.timeout_s)
 
     def _options(self, **more: Any) -> list[str]:
         load = str(self._here or self.weights or self.model)
@@ -216,24 +208,6 @@ class VLLM(Teacher):
         return f"{has}. Install it (pip install {'vllm' if self.python else repr('gristmill[vllm]')}){other}"
 
 
-@dataclass(frozen=True)
-class StartedConnection:
-    """Speaks the OpenAI protocol to a server that is ours; when that has died, no call will be answered."""
-
-    inner: OpenAIConnection
-    process: asyncio.subprocess.Process
-    log: Path
-
-    async def ask(self, call: Call, params: Params) -> Heard:
-        try:
-            return await self.inner.ask(call, params)
-        except TeacherFault as fault:
-            if self.process.returncode is not None:
-                said = f"the vLLM server has died: {last_words(self.log)} (all of it: {self.log})"
-                raise TeacherFault("stop", said, paid=fault.paid) from fault
-            raise
-
-
 def options(arguments: Mapping[str, Any]) -> list[str]:
     """A recipe's arguments as a command takes them: true is a flag, false its opposite, null nothing, a mapping JSON."""
     made: list[str] = []
@@ -247,14 +221,6 @@ def options(arguments: Mapping[str, Any]) -> list[str]:
         else:
             made += [f"--{name}", _word(value)]
     return made
-
-
-def last_words(log: Path) -> str:
-    """Why a server ended, by its log: the last error that Python names there, or else the last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [found[1] for line in lines if (found := ERROR.match(line)) and SAYS_NOTHING not in line]
-    words = errors[-1] if errors else lines[-1] if lines else "it said nothing"
-    return words.partition(" [type=")[0][:300]
 
 
 def _word(value: Any) -> str:
@@ -306,18 +272,12 @@ def _free_port() -> int:
 
 def _hash(model: Path) -> str:
     """16 hex digits of BLAKE2b over the names and bytes of a model's files; their place, hidden files and its card aside."""
-    files = [model] if model.is_file() else _files(model)
-    return _hash_of(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    digest = hashlib.blake2b(digest_size=8)
+    for path in [model] if model.is_file() else _files(model):
+        digest.update(f"{path.name} {weights_hash(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _files(folder: Path) -> Iterator[Path]:
     # Not only weights: the configuration, the tokenizer and the chat template change the answer as much.
     return (path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".md" and not path.name.startswith("."))
-
-
-@cache
-def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:  # size and time are only there to notice a file that was replaced
-    digest = hashlib.blake2b(digest_size=8)
-    for path, _, _ in files:
-        digest.update(f"{path.name} {weights_hash(path)}\n".encode())
-    return digest.hexdigest()

@@ -24,7 +24,7 @@ import uvloop
 from factory.errors import TeacherFault
 from factory.teacher import Heard
 from generators.teachers.guard import ended_with_us
-from generators.teachers.http import fault_of
+from generators.teachers.http import fault_of, in_the_shape_of
 from generators.teachers.openai import question, reply_of
 from schemas.call import Call, Params
 
@@ -42,12 +42,9 @@ class Engine:
     client: Any
     loop: asyncio.AbstractEventLoop
 
-    def connection(self, model: str, timeout_s: float) -> EngineConnection:
-        return EngineConnection(self, model, timeout_s)
-
-    async def post(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
+    async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         """The status and the body of the answer to a request; cancelling it ends the request in the engine as well."""
-        return await _within(self.loop, _post(self.app, path, orjson.dumps(body)))
+        return await _within(self.loop, _post(self.app, path, body))
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,13 @@ class EngineConnection:
     timeout_s: float
 
     async def ask(self, call: Call, params: Params) -> Heard:
-        body = question(call, params, self.model, "max_tokens", "schema")
+        try:
+            body = orjson.dumps(question(call, params, self.model, "max_tokens", "schema"))
+        except TypeError as error:
+            raise TeacherFault("never", f"the question can't be written as JSON: {error}") from error
         try:
             async with asyncio.timeout(self.timeout_s):
                 status, raw = await self.engine.post("/v1/chat/completions" if call.prompt is None else "/v1/completions", body)
-        except TypeError as error:
-            raise TeacherFault("never", f"the question can't be written as JSON: {error}") from error
         except TimeoutError as error:
             raise TeacherFault("again", f"no answer from vLLM within {self.timeout_s:g} s", paid=True) from error
         except Exception as error:  # whatever vLLM raises: its errors have no common parent
@@ -73,10 +71,8 @@ class EngineConnection:
             raise self._fault(str(fault_of(status, raw, {})))
         if status != 200:
             raise fault_of(status, raw, {})
-        try:
+        with in_the_shape_of("OpenAI", raw):
             return Heard(reply_of(orjson.loads(raw), call, params))
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise TeacherFault("again", f"an answer of another shape than OpenAI's: {raw[:200]!r}", paid=True) from error
 
     def _fault(self, message: str) -> TeacherFault:
         if self.engine.client.errored:

@@ -872,7 +872,7 @@ def test_a_question_longer_than_the_context_is_one_failure(running: Running) -> 
 
 
 def test_the_real_clients_get_proper_answers_from_the_local_server(running: Running) -> None:
-    url = running.connection.inner.server.url
+    url = running.connection.inner.inner.server.url
     _speak_openai(url)
     _speak_anthropic(url.removesuffix("/v1"))
 

@@ -19,7 +19,8 @@ from factory.errors import TeacherFault
 from factory.gateway import Gateway
 from factory.ledger import Ledger
 from generators.teachers.guard import ended_with_us
-from generators.teachers.vllm import VLLM, StartedConnection, last_words, options
+from generators.teachers.started import StartedConnection, last_words
+from generators.teachers.vllm import VLLM, options
 from schemas.call import Call, Params, Reply
 from schemas.logprobs import unpack
 from schemas.sample import Message
