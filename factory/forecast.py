@@ -141,6 +141,7 @@ class Outlook:
     copies: Novelty | None = None
     copies_at: int | None = None
     filter_s: float = 0.0  # a sample, of all filters that ask nobody
+    pool_s: float = 0.0  # a round, of filters of the pool
 
 
 @dataclass(frozen=True)
@@ -359,7 +360,7 @@ class _Play:
         made = self._new(items, self.items, self.outlook.repeats, self._repeats)
         self.items = self.items + items
         flow = made
-        self.seconds += sum(generating.values()) + self.outlook.filter_s * float(made.sum())
+        self.seconds += sum(generating.values()) + self.outlook.filter_s * float(made.sum()) + self.outlook.pool_s
         hidden = list(generating.values())[-1] if generating else 0.0  # the time in which what streams works unseen
         for i, sieve in enumerate(self.outlook.sieves):
             weights = self._sieve_weights[i]

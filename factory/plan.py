@@ -135,6 +135,7 @@ class _Desk:
         self.places = list(first.quota)
         self.seen: dict[tuple[str, str], _Seen] = {}
         self.past = None if probed else _last_run(first.recipe, home, first.quota)
+        self.paces: dict[str, float | None] = {}  # seconds a call, by teacher
         self.assumptions: list[str] = []
 
     def outlook(self) -> tuple[Outlook, list[str], dict[tuple[str, str], _Seen]]:
@@ -149,7 +150,6 @@ class _Desk:
         sources = tuple(self._source(stage, teacher, items) for stage, teacher in self._by_teacher())
         sieves = self._sieves()
         zeros = np.zeros(len(self.places), dtype=np.int64)
-        budget = recipe.target.budget_usd
         if probed:
             self.assumptions.append(
                 f"what comes is like what the probe's {len(probed.asked)} answers and {probed.samples} samples are like"
@@ -160,7 +160,7 @@ class _Desk:
                 quota=self.first.quota,
                 oversample=recipe.target.oversample,
                 rounds=recipe.target.rounds,
-                budget_micro_usd=None if budget is None else int(budget * 1_000_000),
+                budget_micro_usd=recipe.target.budget_micro_usd,
                 asks=asks,
                 sources=sources,
                 sieves=sieves,
@@ -173,6 +173,7 @@ class _Desk:
                 copies=probed.copies if probed else None,
                 copies_at=probed.copies_at if probed else None,
                 filter_s=probed.filter_s if probed else 0.0,
+                pool_s=probed.pool_s if probed else 0.0,
             ),
             self.assumptions,
             self.seen,
@@ -314,19 +315,25 @@ class _Desk:
         record = self.ledger.get(key) if self.ledger else None
         return record is not None and any(entry.run == self.run and entry.state == "settled" for entry in record.entries)
 
+    def _pace(self, name: str) -> float | None:
+        """Seconds that a teacher's calls have taken, once it has answered any; looked up, and said to be assumed, once."""
+        if name not in self.paces:
+            teacher = self.recipe.teachers[name]
+            pace = self.paces[name] = self.ledger.pace(*teacher.identity()) if self.ledger else None
+            if pace is None:
+                how = f"writes {ASSUMED_TOKENS_S:.0f} tokens a second a request (it has not answered yet)"
+            else:
+                how = f"takes {pace:.2f} s a call, as the ledger has seen"
+            self.assumptions.append(f"{name} {how}, {teacher.concurrency} at once")
+        return self.paces[name]
+
     def _assumed(self, calls: Sequence[Call], name: str, items: float) -> Answered:
         """A typical answer of a teacher that was not asked."""
         teacher = self.recipe.teachers[name]
         each = [estimate(call, teacher) for call in calls]
         money = [e.micro_usd for e in each]
         tokens_out = sum(e.tokens_out for e in each) / len(each)
-        pace = self.ledger.pace(*teacher.identity()) if self.ledger else None
-        if pace is None:
-            self.assumptions.append(
-                f"{name} writes {ASSUMED_TOKENS_S:.0f} tokens a second a request (it has not answered yet), {teacher.concurrency} at once"
-            )
-        else:
-            self.assumptions.append(f"{name} takes {pace:.2f} s a call, as the ledger has seen, {teacher.concurrency} at once")
+        pace = self._pace(name)
         return Answered(
             place=None,
             size=round(sum(len(words_of(call).encode()) for call in calls) / len(calls)),

@@ -100,7 +100,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe found. `answers` are by (stage, teacher); `paid` and `known` count what it bought and what the ledger had."""
+    """What a probe found. `answers` are by (stage, teacher); `calls` and `known` count what it bought and what the ledger had."""
 
     asked: frozenset[str]
     answers: Mapping[tuple[str, str], Sequence[Answered]]
@@ -111,6 +111,7 @@ class Probed:
     copies_at: int | None
     samples: int
     filter_s: float
+    pool_s: float
     calls: int
     known: int
     micro_usd: int | None
@@ -182,24 +183,16 @@ def probe(first: First, home: Path, n: int) -> Probed:
 
     Raises what a run would: TeacherDown, BudgetSpent, and RunError where no call of a stage is answered.
     """
-    folder = first.recipe.run_folder(home)
-    budget = first.recipe.target.budget_usd
+    recipe = first.recipe
+    run = recipe.run_folder(home).name
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(home, error) from error
     with ExitStack() as stack:
         ledger = stack.enter_context(open_ledger(home))
-        gateway = stack.enter_context(
-            Gateway(
-                first.recipe.teachers,
-                ledger,
-                home=home,
-                run=folder.name,
-                budget_micro_usd=None if budget is None else int(budget * 1_000_000),
-            )
-        )
-        return _Probe(first, gateway, ledger, folder.name, choose(first.questions, n, first.recipe.seed)).work()
+        gateway = stack.enter_context(Gateway(recipe.teachers, ledger, home=home, run=run, budget_micro_usd=recipe.target.budget_micro_usd))
+        return _Probe(first, gateway, ledger, run, choose(first.questions, n, recipe.seed)).work()
 
 
 class _Probe:
@@ -220,7 +213,7 @@ class _Probe:
         self._comparing: Judged | None = None
         self._read: Counter[str | None] = Counter()  # items by call
         self._place_read: dict[str | None, int] = {}
-        self._filter_s = 0.0
+        self._filter_s = self._pool_s = 0.0
 
     def work(self) -> Probed:
         """Run the stages of a round on what is chosen."""
@@ -275,8 +268,11 @@ class _Probe:
             return flow
         began, loaded = time.perf_counter(), self.loading_s
         verdicts = judged(flow)
-        if not asks:
-            self._filter_s += time.perf_counter() - began - (self.loading_s - loaded)
+        took = time.perf_counter() - began - (self.loading_s - loaded)
+        if stage.scope == "pool":  # it is handed all that is kept, once a round: its time hangs on that, hardly on what is new
+            self._pool_s += took
+        elif not asks:
+            self._filter_s += took
         self._must_answer(line)
         lost = flow.join(verdicts.filter(~pl.col("keep")), left_on="id", right_on="sample", how="semi", maintain_order="left")
         kept = flow.join(lost, on="id", how="anti", maintain_order="left")
@@ -330,6 +326,7 @@ class _Probe:
             copies_at=copies_at,
             samples=made,
             filter_s=self._filter_s / max(made, 1),
+            pool_s=self._pool_s,
             calls=len(fresh),
             known=len(asked) - len(fresh),
             micro_usd=None if None in fresh else sum(cost or 0 for cost in fresh),

@@ -53,8 +53,7 @@ def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "q
         stack.enter_context(_locked(folder))
         _open_folder(folder, recipe)
         ledger = stack.enter_context(open_ledger(home))
-        budget = recipe.target.budget_usd
-        micro = None if budget is None else int(budget * 1_000_000)
+        micro = recipe.target.budget_micro_usd
         gateway = stack.enter_context(
             Gateway(recipe.teachers, ledger, home=home, run=folder.name, budget_micro_usd=micro, retry_failed=retry_failed)
         )

@@ -232,12 +232,13 @@ def ledger_table(home: Path, by: Sequence[By] = ("run", "teacher")) -> Renderabl
     from factory.ledger import open_ledger
 
     with open_ledger(home, read_only=True) as ledger:
-        sums = [(f"{one} {row.name}", row) for one in by for row in ledger.sums(one)]
-        every, lost = ledger.sums("run"), ledger.lost()
+        grouped = {one: ledger.sums(one) for one in by}
+        lost = ledger.lost()
+    sums = [(f"{one} {row.name}", row) for one, rows in grouped.items() for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", "answers", "failed", "lost", "open", "tokens in", "tokens out", "cost"):
         table.add_column(name, justify="right" if name else "left")
-    for name, row in [*sums, ("total", _total(every))]:
+    for name, row in [*sums, ("total", _total(grouped[by[0]]))]:
         cost = dollars(row.micro_usd) + (f" + {row.unpriced} unpriced" if row.unpriced else "")
         counts = (row.settled, row.failed, row.lost, row.open, row.tokens_in, row.tokens_out)
         table.add_row(name, *(f"{n:,}" for n in counts), cost, style="bold" if name == "total" else None)

@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel
 
 from factory.errors import GristmillError
+from factory.recipe import RecipeLoader
 from schemas.call import Call
 from schemas.canonical import canonical_json, content_hash
 from schemas.sample import Message
@@ -277,8 +278,6 @@ def _words(text: str) -> str:
 
 
 def _read(path: Path, where: str) -> Any:
-    from factory.recipe import RecipeLoader  # which reads recipes, and so may come to need this module
-
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=RecipeLoader)

@@ -23,6 +23,11 @@ class Target(BaseModel):
     oversample: float = Field(1, ge=1, le=20)
     rounds: int = Field(12, ge=1)
 
+    @property
+    def budget_micro_usd(self) -> int | None:
+        """The budget in whole micro-dollars."""
+        return None if self.budget_usd is None else round(self.budget_usd * 1_000_000)
+
 
 class EmbedderChoice(BaseModel):
     """Which model turns texts into vectors: `onnx` (the default, no torch), `sentence-transformers` or `static` (model2vec)."""

@@ -2,7 +2,7 @@
 
 `python -m generators.teachers.guard COMMAND ARGUMENT...` starts the command in a process group of its own and watches its own
 standard input. When that closes, which the system sees to when its parent dies, the group is told to end, and is ended.
-Without a command it does the same for processes that run already: their ids are told to it, one a line.
+Without a command it ends processes that run already, at once and by force: their ids are told to it, one a line (Linux alone).
 """
 
 from __future__ import annotations

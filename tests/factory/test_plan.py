@@ -21,7 +21,7 @@ from factory.errors import BudgetSpent, RunError, TeacherDown
 from factory.forecast import Answered, Asks, Had, Lane, Novelty, Outlook, Sieve, Source, forecast, pass_rates
 from factory.ledger import open_ledger
 from factory.plan import make_plan, plan_table
-from factory.probe import choose, first_round
+from factory.probe import choose, first_round, probe
 from factory.recipe import Recipe, load_recipe
 from factory.run import run
 from tests.mock_server import Fault, MockServer
@@ -347,3 +347,14 @@ def test_places_take_turns_where_a_generator_stops() -> None:
     assert list(asks.of(np.array([2.0, 100, 100]))) == [2, 4, 4]
     assert list(asks.of(np.array([2.0, 3, 3]))) == [2, 3, 3]
     assert list(asks.of(np.array([0.0, 2.5]))) == [0, 3]
+
+
+def test_the_time_of_a_filter_of_the_pool_is_a_rounds_and_not_a_samples(tmp_path: Path, server: MockServer) -> None:
+    """Coverage takes the whole pool each time; multiplied by the samples, its time was foreseen in minutes."""
+    more = "  - coverage: {}\n"
+    first = first_round(recipe(tmp_path, server, more=more))
+    probed = probe(first, tmp_path / "mill", 10)
+    assert probed.pool_s > 0
+    assert probed.filter_s * probed.samples < probed.pool_s  # `exact` alone
+    plan = make_plan(recipe(tmp_path, server, more=more), tmp_path / "mill", asking=10)
+    assert plan.forecast.seconds.middle < plan.forecast.calls.middle * 1.0 + 3 * probed.pool_s

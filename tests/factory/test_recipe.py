@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from factory.errors import GristmillError, RecipeError
 from factory.recipe import load_recipe
+from schemas.recipe import Target
 
 GOOD = """\
 name: tiny
@@ -207,3 +209,9 @@ def test_a_fallback_without_a_price_is_reported_like_a_teacher_without_one(folde
     [(line, said)] = problems(folder, text)
     assert line == 5
     assert "price of teacher 'spare' is unknown" in said
+
+
+def test_a_budget_loses_no_micro_dollar_to_floating_point() -> None:
+    for cents in range(1, 2001):
+        text = GOOD.replace("balance: label}", f"balance: label, budget_usd: {cents / 100}}}")
+        assert Target.model_validate(yaml.safe_load(text)["target"]).budget_micro_usd == cents * 10_000
