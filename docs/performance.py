@@ -37,6 +37,14 @@ difference between hundreds and thousands of calls a second. They serve where sp
 deployments), and in tests they prove our mock servers right."""
 
 
+KILLED = """
+## Killed
+
+`bench/crash.py` kills whole processes with SIGKILL, 10 to 400 ms after they began to ask. What a server had been sent and had not
+answered by then is asked again, and a server may charge for it twice: that is "paid twice", and can be no more than was in flight.
+"""
+
+
 def results(name: str) -> dict[str, Any]:
     """What `bench/results/NAME.json` holds; empty where it was not measured."""
     path = ROOT / "bench" / "results" / f"{name}.json"
@@ -116,10 +124,7 @@ def page() -> str:
         ours(cases),
     ]
     if killed := results("crash"):
-        parts += [
-            "\n## Killed\n\n`bench/crash.py` kills whole processes with SIGKILL, 10 to 400 ms after they began to ask.\n",
-            crash(killed),
-        ]
+        parts += [KILLED, crash(killed)]
     if (foreseen := results("plan")) and (summary := foreseen.get("summary")):
         parts += ["\n## Foreseen\n\n`bench/plan.py`: `plan --probe 20`, then the run itself.\n", plans(summary)]
     theirs, own = (cases["throughput"][name]["cpu_ms_a_row"] for name in ("openai_gather", "gristmill"))

@@ -19,7 +19,7 @@ from typing import Literal
 import orjson
 
 from factory.database import Database, Row, open_database
-from factory.errors import StoreError
+from factory.errors import GristmillError, StoreError
 from factory.ledger import COUNTED, MIGRATIONS, Entry, ledger_place
 from factory.store import unwritable
 from schemas.call import KEY_VERSION, Reply
@@ -50,9 +50,13 @@ def export(home: Path, path: Path, *, form: Form | None = None, run: str | None 
     `form` None: by the path's ending, else jsonl. StoreError: there is no ledger, or it or the file fails.
     """
     ending = path.suffix.lower().removeprefix(".")
-    write = _WRITERS.get(form or ending, _write_jsonl)
+    if form is None and ending and ending not in _WRITERS:
+        raise GristmillError(f"{path.name} ends in none of {', '.join(_WRITERS)}", next="Say which it is to be: --format.")
+    write = _WRITERS[form or ending or "jsonl"]
     part = path.with_name(f".{path.name}.part")
     with closing(_open(home)) as db:
+        if run is not None:
+            run = _run_named(db, run)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             written = write(part, _pages(db, run))
@@ -66,6 +70,16 @@ def export(home: Path, path: Path, *, form: Form | None = None, run: str | None 
         finally:
             part.unlink(missing_ok=True)
     return written
+
+
+def _run_named(db: Database, name: str) -> str:
+    """The run of this name, which may be a recipe's; GristmillError where it is none, or several's."""
+    runs: list[str] = [run for (run,) in db.execute("SELECT DISTINCT run FROM entries ORDER BY run")]
+    fitting = [run for run in runs if run == name] or [run for run in runs if run.rpartition("-")[0] == name]
+    if len(fitting) != 1:
+        what = f"the ledger knows no run {name!r}" if not fitting else f"{name!r} has several runs"
+        raise GristmillError(what, next=f"Its runs: {', '.join(fitting or runs) or 'none'}.")
+    return fitting[0]
 
 
 def verify(home: Path) -> Audit:

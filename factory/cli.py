@@ -73,7 +73,8 @@ def init(folder: Path) -> None:
     is_flag=False,
     flag_value=20,
     metavar="N",
-    help="Ask N of the first round's questions (20 if N is left out) and tell cost and time with an interval; the run finds the answers.",
+    help="Ask N of the first round's questions (20 if N is left out: then write --probe behind RECIPE), and what filters ask about their"
+    " answers; tell cost and time with an interval. The run finds all of it answered.",
 )
 @_told
 def plan(recipe: Path, probe: int | None) -> None:

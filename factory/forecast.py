@@ -83,10 +83,15 @@ class Asks:
         last, calls = self.samples[-1], self.calls[-1]
         inside = np.interp(wanted, np.append(0, self.samples), np.append(0, self.calls))
         calls = np.ceil(np.where(wanted > last, calls * wanted / last, inside) - 1e-9)
-        level = calls.max(initial=0)
-        while np.minimum(calls, level).sum() > self.most:
-            level -= max(1, (np.minimum(calls, level).sum() - self.most) // max(1, (calls >= level).sum()))
-        shared: NDArray[np.int64] = np.minimum(calls, level).astype(np.int64)
+        whole: NDArray[np.int64] = calls.astype(np.int64)
+        if whole.sum() <= self.most:
+            return whole
+        low, high = 0, int(whole.max())  # so many turns fit, and so many do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if np.minimum(calls, middle).sum() <= self.most else (low, middle)
+        shared: NDArray[np.int64] = np.minimum(calls, low).astype(np.int64)
+        shared[np.flatnonzero(calls > low)[: int(self.most - shared.sum())]] += 1  # the last turn reaches only the first of them
         return shared
 
 

@@ -13,6 +13,7 @@ import random
 import threading
 from collections import Counter, deque
 from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -27,6 +28,7 @@ from factory.ledger import Known, Ledger, Place, Question
 from factory.line import Away, Dropped, Line, Turn, describe
 from factory.pace import Pace
 from factory.prices import cost, worst_cost
+from factory.progress import dollars
 from factory.structured import Fit, correction, fit
 from factory.teacher import Heard, Teacher
 from schemas.call import Answer, Call, Params, Reply
@@ -279,7 +281,10 @@ class Gateway:
                 self._loop.call_soon_threadsafe(self._take)
 
     def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        while not future.done():
+            wait([future], 0.2)  # a wait without a limit is not interrupted by a second ctrl-C
+        future.result()
 
     # Everything below runs in the loop's thread, and so needs no locks.
 
@@ -609,9 +614,9 @@ class Gateway:
         return TeacherDown(f"{what}. {kept:,} answers are kept.", where=f"stage {asking.stage}", next=next)
 
     def _budget_spent(self, asking: _Asking, worst: int) -> BudgetSpent:
-        budget, spent = (self._budget or 0) / 1e6, self._ledger.spent(self._run) / 1e6
+        budget, spent = dollars(self._budget), dollars(self._ledger.spent(self._run))
         return BudgetSpent(
-            f"the budget of ${budget:.2f} is spent: ${spent:.4f} are used, and the next call may cost ${worst / 1e6:.4f}",
+            f"the next call may cost {dollars(worst)}, and of the budget of {budget} {spent} are used",
             where=f"stage {asking.stage}",
             next="Raise budget_usd in the recipe and run the same command: it goes on where it stopped.",
         )

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -912,9 +913,16 @@ def ledger_place(home: Path) -> Path | str:
     url = os.environ.get(LEDGER_VARIABLE)
     if not url:
         return home / LEDGER_FILE
-    if not is_url(url):
+    if not is_url(url) or not _parses(url):
         raise StoreError(f"{LEDGER_VARIABLE} is not the URL of a PostgreSQL database", next="It begins with postgresql://; or unset it.")
     return url
+
+
+def _parses(url: str) -> bool:
+    try:
+        return bool(urlsplit(url).scheme)
+    except ValueError:
+        return False
 
 
 def open_ledger(home: Path, *, read_only: bool = False) -> Ledger:

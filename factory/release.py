@@ -401,7 +401,7 @@ def _manifest(
         leak_check=check,
         funnel=tuple(funnel),
         teachers=facts.teachers,
-        micro_usd=sum(line.micro_usd for line in funnel),
+        micro_usd=status.get("micro_usd", sum(line.micro_usd for line in funnel)) or 0,
         price_unknown=unknown,
         prices=prices.version(),
         tokens_in=sum(line.tokens_in for line in funnel),

@@ -100,7 +100,7 @@ def _joined(run: RunFolder, splits: Mapping[str, str]) -> pl.DataFrame:
 def _head(run: RunFolder, samples: pl.DataFrame, facts: ReleaseFacts) -> dict[str, Any]:
     fates = dict(samples["fate"].value_counts().iter_rows())
     funnel, status = run.funnel(), run.status
-    micro_usd = sum(row.micro_usd for row in funnel)
+    micro_usd = status.get("micro_usd", sum(row.micro_usd for row in funnel))  # a probe's calls are in no stage
     accepted = fates.get("accepted", 0)
     return {
         "fates": [(fate, fates[fate]) for fate in FATES if fate in fates],
@@ -114,7 +114,7 @@ def _head(run: RunFolder, samples: pl.DataFrame, facts: ReleaseFacts) -> dict[st
         "seconds": status.get("seconds"),
         "rounds": status.get("rounds"),
         "micro_usd": micro_usd,
-        "micro_usd_a_row": micro_usd / accepted if accepted else None,
+        "micro_usd_a_row": micro_usd / accepted if accepted and micro_usd is not None else None,
         "unpriced": [teacher.name for teacher in facts.teachers if teacher.micro_usd is None and teacher.calls],
         "teachers": [teacher.name for teacher in facts.teachers] or samples["teacher"].drop_nulls().unique().sort().to_list(),
         "tokens": sum(row.tokens_in + row.tokens_out for row in funnel),

@@ -10,6 +10,7 @@ import fcntl
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -58,8 +59,14 @@ def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "q
             Gateway(recipe.teachers, ledger, home=home, run=folder.name, budget_micro_usd=micro, retry_failed=retry_failed)
         )
         state = RunState(recipe.name, recipe.target.accepted, micro, meter=gateway)
-        with shown(state, view):
-            _Mill(recipe, folder, ledger, gateway, state).turn(retry_failed=retry_failed)
+        try:
+            with shown(state, view):
+                _Mill(recipe, folder, ledger, gateway, state).turn(retry_failed=retry_failed)
+        except KeyboardInterrupt:
+            if view != "quiet" and (waiting := gateway.snapshot().in_flight):
+                answers = "an answer that is" if waiting == 1 else f"{waiting} answers that are"
+                print(f"waiting for {answers} under way, since they are paid for; ctrl-C again to stop at once", file=sys.stderr)
+            raise
     return RunFolder(folder)
 
 
@@ -111,7 +118,9 @@ class _Mill:
             end = self.folder / f"round-{number:02d}" / TARGET / "stage.json"
             if not end.exists():
                 if self.stages.broke:
-                    return "short", f"the budget of ${self.recipe.target.budget_usd:g} is spent"
+                    budget = f"the budget of ${self.recipe.target.budget_usd:g}"
+                    spent = self.ledger.spent(self.folder.name)
+                    return "short", f"{budget} is spent" if spent else f"not one call fits into {budget}: each is reserved at its worst"
                 if idle >= rounds.STALLED_ROUNDS:
                     return "short", f"{idle} rounds in a row gave no accepted row"
                 if number > self.recipe.target.rounds:
@@ -223,7 +232,11 @@ class _Mill:
     def _write_status(self, status: str, reason: str) -> None:
         record = RunFolder(self.folder)
         whole = [s for s in record.stages if s["stage"] == TARGET]
-        paid, lost = self.ledger.spent(self.folder.name), self.ledger.lost(self.folder.name)
+        lost = self.ledger.lost(self.folder.name)
+        sums = self.ledger.sums("run", self.folder.name)
+        paid: int | None = sums[0].micro_usd if sums else 0
+        if sums and sums[0].unpriced and not paid:
+            paid = None  # nothing of it is known
         write_json(
             self.folder / "run.json",
             {

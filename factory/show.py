@@ -92,12 +92,14 @@ def places_line(run: RunFolder) -> Text | None:
 
 def costs_line(run: RunFolder) -> Text | None:
     """What an accepted row cost to make, by teacher, and at which label most; None where nothing cost anything."""
-    if run.costs["micro_usd"].fill_null(1).eq(0).all():
+    if run.accepted.is_empty() or run.costs["micro_usd"].fill_null(1).eq(0).all():
         return None
     teachers = [f"{name} {_a_row(each)}" for name, _, _, each in run.cost_by_teacher().iter_rows()]
     labels = run.cost_by(run.samples.filter(pl.col("origin") == "made").select("id", group="label"))
     told = labels.filter(pl.col("micro_usd_a_row").is_not_null())
-    dearest = f"; dearest label: {told['group'][0]} {_a_row(told['micro_usd_a_row'][0])}" if told.height > 1 else ""
+    dearest = ""
+    if told.height > 1:
+        dearest = f"; dearest label: {told['group'][0]} {_a_row(told['micro_usd_a_row'][0])} (of the calls that gave rows)"
     return Text("an accepted row cost, to make: " + ", ".join(teachers) + dearest)
 
 

@@ -260,3 +260,27 @@ def test_ctrl_c_does_not_wait_for_the_thread_of_a_stage() -> None:
     script += "@_told\ndef stopped() -> None: raise KeyboardInterrupt\nstopped()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=False)
     assert (done.returncode, done.stderr) == (130, "gristmill: stopped. Everything answered is kept; the same command goes on.\n")
+
+
+def test_a_second_ctrl_c_waits_for_nothing(task: Path) -> None:
+    text = RECIPE.replace("{kind: fake, latency_ms: 5, concurrency: 4}", "{kind: fake, latency_ms: 600000}")
+    (task / "recipe.yaml").write_text(text)
+    run = [GRISTMILL, "run", "task", "--progress", "plain"]
+    process = subprocess.Popen(run, cwd=task.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "01-seeds" in process.stderr.readline()
+    until = time.monotonic() + 30
+    while not [*task.parent.glob("mill/ledger.db-spool/*.spool")] and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5)  # for its first call to leave
+    process.send_signal(signal.SIGINT)
+    assert "ctrl-C again to stop at once" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)  # and not ten minutes
+    assert process.returncode == 130
+    assert "the same command goes on" in said
+
+
+def test_a_ledger_that_is_no_address_is_told_and_no_traceback(task: Path) -> None:
+    said = gristmill(task, "ledger", code=1, GRISTMILL_LEDGER="postgresql://[bad")
+    assert "GRISTMILL_LEDGER is not the URL of a PostgreSQL database" in said

@@ -145,8 +145,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 def test_one_run_can_be_taken_and_a_form_be_named(filled: Path, tmp_path: Path) -> None:
     assert export(filled, tmp_path / "b", run="run-b") == 4
     assert {json.loads(line)["run"] for line in (tmp_path / "b").read_text().split("\n") if line} == {"run-b"}
-    assert "wrote 0 entries" in gristmill("export", "--run", "none", "--format", "parquet", str(tmp_path / "none")).output
-    assert pl.read_parquet(tmp_path / "none").columns == [*COLUMNS]
+    assert "wrote 4 entries" in gristmill("export", "--run", "run-b", "--format", "parquet", str(tmp_path / "b.x")).output
+    assert pl.read_parquet(tmp_path / "b.x").columns == [*COLUMNS]
+
+
+def test_a_run_or_a_form_that_is_none_is_told_and_nothing_written(filled: Path, tmp_path: Path) -> None:
+    unknown = gristmill("export", "--run", "none", str(tmp_path / "none.jsonl"))
+    assert (unknown.exit_code, "no run 'none'" in unknown.output, "run-a, run-b" in unknown.output) == (1, True, True)
+    several = gristmill("export", "--run", "run", str(tmp_path / "none.jsonl"))
+    assert (several.exit_code, "'run' has several runs" in several.output) == (1, True)
+    form = gristmill("export", str(tmp_path / "none.xyz"))
+    assert (form.exit_code, "--format" in form.output) == (1, True)
+    assert not [*tmp_path.glob("none*")]
 
 
 def test_an_export_that_fails_leaves_what_was_there(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

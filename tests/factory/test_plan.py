@@ -358,3 +358,11 @@ def test_the_time_of_a_filter_of_the_pool_is_a_rounds_and_not_a_samples(tmp_path
     assert probed.filter_s * probed.samples < probed.pool_s  # `exact` alone
     plan = make_plan(recipe(tmp_path, server, more=more), tmp_path / "mill", asking=10)
     assert plan.forecast.seconds.middle < plan.forecast.calls.middle * 1.0 + 3 * probed.pool_s
+
+
+@pytest.mark.parametrize(
+    ("most", "wanted", "calls"),
+    [(500, [1000, 999, 998], [167, 167, 166]), (500, [400, 300, 20], [240, 240, 20]), (7, [3, 3, 1], [3, 3, 1])],
+)
+def test_where_a_round_may_not_ask_for_all_places_take_turns(most: int, wanted: list[int], calls: list[int]) -> None:
+    assert Asks(np.array([1.0, 2.0]), np.array([1.0, 2.0]), most).of(np.array(wanted, dtype=float)).tolist() == calls

@@ -119,7 +119,7 @@ def test_the_counts_are_those_of_the_run(run, page):
     head = page.text("head")
     assert f"{fates['accepted']} rows accepted of {45 + 1 - 1} made" in head
     assert f"from {fates['real']} real examples; {fates['holdout']} more were set aside" in head
-    assert "$0.0120" in head
+    assert "$0.0123" in head
     payload = page.payload
     assert len(payload["text"]) == run.samples.height
     shown = {name: payload["fate"]["of"].count(number) for number, name in enumerate(payload["fate"]["names"])}
