@@ -25,7 +25,7 @@ import uvloop
 from factory.batch import BATCHES_AHEAD, Batcher
 from factory.errors import BudgetSpent, RunError, TeacherDown, TeacherFault
 from factory.ledger import Known, Ledger, Place, Question
-from factory.line import Away, Dropped, Line, Turn, describe
+from factory.line import Away, Dropped, Line, Request, Turn, describe
 from factory.pace import Pace
 from factory.prices import cost, worst_cost
 from factory.progress import dollars
@@ -322,10 +322,13 @@ class Gateway:
     async def _close_batches(self) -> None:
         await asyncio.gather(*(desk.batcher.close() for desk in self._desks.values() if desk.batcher))
 
-    def _freed(self, pace: Pace) -> None:
-        for desk in self._desks.values():
-            if any(way.pace is pace for way in desk.line.ways):
-                desk.line.pump()
+    def _freed(self, line: Line, pace: Pace) -> None:
+        """Let the other lines of this pace send: in a circle, the one behind this line first, so that none waits for all of another."""
+        lines = [desk.line for desk in self._desks.values()]
+        place = lines.index(line)
+        for other in lines[place + 1 :] + lines[:place]:
+            if any(way.pace is pace for way in other.ways):
+                other.pump()
 
     def _stop(self, asking: _Asking) -> None:
         asking.stopped.set()
@@ -520,18 +523,25 @@ class Gateway:
     async def _buy(self, call: Call, sent: Call, question: Question, entry: int, desk: _Desk, asking: _Asking) -> Answer:
         """Ask until there is an answer, or no more sense in asking; every end of an entry is on disk before what follows."""
         held, retries, again = True, 0, False
-        tokens = _tokens(sent)
+        settled: asyncio.Future[Known] | None = None
+
+        async def send(turn: Turn) -> Heard:
+            nonlocal settled
+            heard = await self._ask_at(turn, entry, sent, desk)
+            settled = self._settle(entry, heard.reply, self._loop.time() - turn.began, desk)
+            return heard
+
+        request = Request(_tokens(sent), send)
         try:
             while True:
                 try:
                     if asking.stopped.is_set():
                         raise Dropped
-                    turn = await desk.line.turn(asking, tokens, first=again)
-                    heard = await self._ask_at(turn, entry, sent, desk)
+                    await desk.line.ask(asking, request, first=again)
                 except TeacherFault as fault:
                     again = True
                     # While the circuit is open a fault says nothing of the call; only what may be paid for is not tried for ever.
-                    retries += fault.kind == "again" and (fault.paid or turn.way.down_since is None)
+                    retries += fault.kind == "again" and (fault.paid or request.turn is None or request.turn.way.down_since is None)
                     final = fault.kind == "never" or retries > desk.teacher.retries
                     if fault.paid or final:
                         await (self._ledger.lose if fault.paid else self._ledger.fail)(entry, str(fault))
@@ -547,7 +557,8 @@ class Gateway:
                             return _answered(call, question, entered, desk)
                         entry, held = entered, True
                 else:
-                    return await self._settle(call, question, entry, heard, self._loop.time() - turn.began, desk)
+                    assert settled is not None
+                    return _answered(call, question, await settled, desk, fresh=True)
         except (Away, Dropped):
             if held:
                 await self._ledger.fail(entry, "not asked, or not again: the run was stopping, or its teacher was down")
@@ -580,27 +591,20 @@ class Gateway:
             entry = entered
 
     async def _ask_at(self, turn: Turn, entry: int, sent: Call, desk: _Desk) -> Heard:
-        """Ask once, at the way of this turn, and tell its pace and its circuit how that went."""
-        how: Heard | TeacherFault | None = None
+        """Ask once, at the way of this turn."""
         desk.counts["in_flight"] += 1
         try:
             connection = await desk.line.connected(turn.way, self._home, self._connections)
             self._ledger.sending(entry)
-            how = heard = await connection.ask(sent, sent.params)
-        except TeacherFault as fault:
-            how = fault
-            raise
-        else:
-            return heard
+            return await connection.ask(sent, sent.params)
         finally:
             desk.counts["in_flight"] -= 1
-            desk.line.ended(turn, how)
 
-    async def _settle(self, call: Call, question: Question, entry: int, heard: Heard, seconds: float, desk: _Desk) -> Answer:
-        reply = heard.reply
+    def _settle(self, entry: int, reply: Reply, seconds: float, desk: _Desk) -> asyncio.Future[Known]:
+        """Keep an answer: it is in the spool when this returns, before anything else is sent or done."""
         price = cost(desk.teacher.known_price(reply.tokens_in), reply)
         desk.bought(reply, price)
-        return _answered(call, question, await self._ledger.settle(entry, reply, price, seconds), desk, fresh=True)
+        return self._ledger.settle(entry, reply, price, seconds)
 
     def _down(self, desk: _Desk, asking: _Asking, away: Away) -> TeacherDown:
         fault, name = away.fault, desk.name

@@ -1,6 +1,8 @@
 """The line to one teacher: whose turn it is, at which of its ports, and what follows when a port fails.
 
-Everything here runs in the gateway's loop.
+Everything here runs in the gateway's loop. A request is carried by a task that, once its answer is there, sends the next in the
+same step. Were the next to wait until the loop comes round, all that arrived together would be sent together, arrive together
+again, and each would wait for the others every time.
 """
 
 from __future__ import annotations
@@ -8,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from factory.errors import TeacherFault
 from factory.pace import Pace, Sent
@@ -106,17 +108,32 @@ class Turn(NamedTuple):
     began: float
 
 
+@dataclass(eq=False)
+class Request:
+    """One request of so many tokens: `send` sends it when its turn has come. It may be asked again once it has failed."""
+
+    tokens: int
+    send: Callable[[Turn], Coroutine[Any, Any, Heard]]
+    turn: Turn | None = None  # the last that it was given
+    carrier: asyncio.Task[None] | None = None  # while it is under way
+
+
+_Waiting = deque[tuple[Request, asyncio.Future[Heard]]]
+
+
 class Line:
     """The ways to one teacher, and those who wait for a turn: every asker is served in turn, each in its own order.
 
-    `paces` are kept by account, so that two teachers of one account share one; `freed` is called when a pace has room again.
+    `paces` are kept by account, so that two teachers of one account share one; `freed` is called, with this line and a pace, when
+    that has room again, and pumps the other lines of that pace.
     """
 
-    def __init__(self, name: str, teacher: Teacher, paces: dict[str, Pace], freed: Callable[[Pace], None]) -> None:
+    def __init__(self, name: str, teacher: Teacher, paces: dict[str, Pace], freed: Callable[[Line, Pace], None]) -> None:
         self.name, self.teacher = name, teacher
         self.ways = [Way(port, paces.setdefault(port.account, Pace(teacher.limits, teacher.concurrency))) for port in teacher.ports()]
         self._freed = freed
-        self._waiting: OrderedDict[Hashable, deque[tuple[int, asyncio.Future[Turn]]]] = OrderedDict()
+        self._waiting: OrderedDict[Hashable, _Waiting] = OrderedDict()
+        self._carriers: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._last_fault: TeacherFault | None = None
@@ -126,32 +143,41 @@ class Line:
         """The most requests that may be in flight."""
         return self.teacher.concurrency * len(self.ways)
 
-    async def turn(self, asker: Hashable, tokens: int, *, first: bool = False) -> Turn:
-        """Wait for leave to send a request of so many tokens; `first`: it was refused before, and is served before the asker's others.
+    async def ask(self, asker: Hashable, request: Request, *, first: bool = False) -> Heard:
+        """Send a request when its turn comes; `first`: it was refused before, and is served before the asker's others.
 
-        Raises Away, and Dropped once the asker is dropped.
+        Raises what `request.send` raises, Away, and Dropped once the asker is dropped.
         """
         if away := self._away(self._loop.time()):
             raise away
-        future: asyncio.Future[Turn] = self._loop.create_future()
+        heard: asyncio.Future[Heard] = self._loop.create_future()
         queue = self._waiting.setdefault(asker, deque())
-        (queue.appendleft if first else queue.append)((tokens, future))
+        (queue.appendleft if first else queue.append)((request, heard))
         self.pump()
         try:
-            return await future
+            return await heard
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self.ended(future.result(), None)  # it was given and will not be used
+            if request.carrier is not None:
+                request.carrier.cancel()
+                await asyncio.wait([request.carrier])
             raise
 
     def drop(self, asker: Hashable) -> None:
         """Give nothing more to this asker."""
-        for _, future in self._waiting.pop(asker, ()):
-            if not future.done():
-                future.set_exception(Dropped())
+        for _, heard in self._waiting.pop(asker, ()):
+            if not heard.done():
+                heard.set_exception(Dropped())
 
     def pump(self) -> None:
-        """Give turns for as long as there are both a way and somebody who waits."""
+        """Send requests for as long as there are both a way and somebody who waits."""
+        while granted := self._grant():
+            carrier = self._loop.create_task(self._carry(*granted))
+            granted[0].carrier = carrier
+            self._carriers.add(carrier)
+            carrier.add_done_callback(self._carriers.discard)
+
+    def _grant(self) -> tuple[Request, asyncio.Future[Heard]] | None:
+        """Give the next one its turn; None: nobody waits, or there is no way now."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -165,17 +191,49 @@ class Line:
                 continue
             if away := self._away(now):
                 self._turn_away(away)
-                return
-            tokens, future = queue[0]
+                return None
+            request, heard = queue[0]
+            tokens = request.tokens
             wait_s, _, way = min(((way.wait_s(tokens, now), way.pace.in_flight, way) for way in self.ways), key=lambda each: each[:2])
             if wait_s > 0:
                 if wait_s != float("inf"):
                     self._timer = self._loop.call_later(wait_s, self.pump)
-                return
+                return None
             queue.popleft()
             self._waiting.move_to_end(asker)
             way.probing = way.down_since is not None
-            future.set_result(Turn(way, way.pace.send(tokens, now), now))
+            request.turn = Turn(way, way.pace.send(tokens, now), now)
+            return request, heard
+        return None
+
+    async def _carry(self, request: Request, heard: asyncio.Future[Heard]) -> None:
+        """Send a request, and then whatever is next, for as long as there is a way."""
+        carrier = request.carrier
+        granted: tuple[Request, asyncio.Future[Heard]] | None = (request, heard)
+        while granted is not None:
+            request, heard = granted
+            request.carrier, turn = carrier, request.turn
+            assert turn is not None
+            how: Heard | TeacherFault | None = None
+            try:
+                how = await request.send(turn)
+            except asyncio.CancelledError:
+                self._ended(turn, None)
+                self._freed(self, turn.way.pace)
+                self.pump()
+                raise
+            except BaseException as error:
+                how = error if isinstance(error, TeacherFault) else None
+                if not heard.done():
+                    heard.set_exception(error)
+            else:
+                if not heard.done():
+                    heard.set_result(how)
+            request.carrier = None
+            self._ended(turn, how)
+            self._freed(self, turn.way.pace)
+            if granted := self._grant():
+                self.pump()  # there may be room for more than one
 
     async def connected(self, way: Way, home: Path, connections: AsyncExitStack) -> Connection:
         """The way's connection, opened if need be. Raises TeacherFault, and Dropped where the opening was given up."""
@@ -199,7 +257,7 @@ class Line:
             if way.opening is not None:
                 way.opening.cancel()
 
-    def ended(self, turn: Turn, how: Heard | TeacherFault | None) -> None:
+    def _ended(self, turn: Turn, how: Heard | TeacherFault | None) -> None:
         """A turn is over: it brought an answer, a fault, or (None) nothing that says anything of the server."""
         way, now = turn.way, self._loop.time()
         if isinstance(how, Heard):
@@ -218,7 +276,6 @@ class Line:
             way.pace.failed(turn.sent, now)
             way.ill(how, now)
             self._last_fault = how
-        self._freed(way.pace)
 
     def _away(self, now: float) -> Away | None:
         """Why nobody can be asked now; None: somebody can, or may be soon."""
@@ -233,9 +290,9 @@ class Line:
 
     def _turn_away(self, away: Away) -> None:
         for queue in self._waiting.values():
-            for _, future in queue:
-                if not future.done():
-                    future.set_exception(Away(away.fault))
+            for _, heard in queue:
+                if not heard.done():
+                    heard.set_exception(Away(away.fault))
         self._waiting.clear()
 
 

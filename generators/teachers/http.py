@@ -9,9 +9,10 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -138,6 +139,7 @@ async def open_server(url: str, teacher: Teacher, headers: Mapping[str, str] = {
     # A timeout must say which one it was: whoever is still connecting when half of the time is over is not answered either.
     timeout = aiohttp.ClientTimeout(total=teacher.timeout_s, connect=min(CONNECT_S, teacher.timeout_s / 2))
     async with aiohttp.ClientSession(
+        request_class=_request_class(),
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
         timeout=timeout,
         headers={"Content-Type": "application/json", "User-Agent": "gristmill", **headers},
@@ -148,6 +150,63 @@ async def open_server(url: str, teacher: Teacher, headers: Mapping[str, str] = {
         proxy=None if here else _proxy(url),
     ) as session:
         yield Server(session, url.rstrip("/"))
+
+
+@lru_cache(1)
+def _request_class() -> type[aiohttp.ClientRequest]:
+    """Requests whose body is written at once, and not when the loop comes round: see factory/line.py. Python 3.12 lets aiohttp do so."""
+    import aiohttp
+
+    if sys.version_info >= (3, 12):
+        return aiohttp.ClientRequest
+
+    class Request(aiohttp.ClientRequest):
+        def write_bytes(self, *args: Any) -> Coroutine[Any, Any, None]:
+            return _begun(super().write_bytes(*args))
+
+    return Request
+
+
+def _begun(work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+    """Run a coroutine to where it first has to wait; gives what is left of it. What it raises is raised there."""
+    try:
+        awaited = work.send(None)
+    except StopIteration:
+        return _rest(None)
+    except Exception as error:
+        return _rest(None, error)
+    return _rest(_Begun(work, awaited))
+
+
+async def _rest(work: _Begun | None, error: Exception | None = None) -> None:
+    if error is not None:
+        raise error
+    if work is not None:
+        await work
+
+
+class _Begun:
+    """A coroutine that waits for the first time, for others to go on with (PEP 380's `yield from`, one step in)."""
+
+    def __init__(self, work: Coroutine[Any, Any, None], awaited: Any) -> None:
+        self._work, self._awaited = work, awaited
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        awaited = self._awaited
+        while True:
+            try:
+                sent = yield awaited
+            except GeneratorExit:
+                self._work.close()
+                raise
+            except BaseException as error:
+                step = partial(self._work.throw, error)
+            else:
+                step = partial(self._work.send, sent)
+            try:
+                awaited = step()
+            except StopIteration:
+                return
 
 
 def addresses(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
