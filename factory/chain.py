@@ -168,8 +168,7 @@ class Stages:
         write_frame(folder / "samples.parquet", samples)
         write_frame(folder / "failures.parquet", failed)
         if not stage.once:
-            costs = [(key, *cost) for key, cost in sorted(ctx.tally.costs.items())]
-            write_frame(folder / "costs.parquet", pl.DataFrame(costs, schema=COSTS, orient="row"))
+            _write_costs(folder, ctx.tally)
         ctx.tally.seconds = time.monotonic() - start
         ctx.tally.lost.update(f.reason for f in failures)
         self.finish(number, line.folder, "source" if stage.once else "generator", ctx.tally, made=len(made_here))
@@ -213,6 +212,8 @@ class Stages:
         if done is None:
             verdicts = pl.concat(given).sort("sample")
             write_frame(folder / "verdicts.parquet", verdicts)
+            if ctx.tally.costs:
+                _write_costs(folder, ctx.tally)
             ctx.tally.seconds = working if stage.scope == "sample" else time.monotonic() - start
             counted = verdicts.join(pl.concat(new), left_on="sample", right_on="id", how="semi")  # of the pool, what is new
             self.finish(number, line.folder, "filter", ctx.tally, verdicts=counted)
@@ -441,6 +442,11 @@ def _drained(lane: Lane) -> pl.DataFrame:
 def _frame(items: Sequence[Sample | pl.DataFrame]) -> pl.DataFrame:
     made = samples_frame(item for item in items if isinstance(item, Sample))
     return pl.concat([made, *(item for item in items if isinstance(item, pl.DataFrame))])
+
+
+def _write_costs(folder: Path, tally: Tally) -> None:
+    costs = [(key, *cost) for key, cost in sorted(tally.costs.items())]
+    write_frame(folder / "costs.parquet", pl.DataFrame(costs, schema=COSTS, orient="row"))
 
 
 def _one_verdict_each(line: StageLine, asked: pl.DataFrame, verdicts: pl.DataFrame) -> None:

@@ -159,28 +159,48 @@ class RunFolder:
 
         null: its price is unknown. Answers that were of no use are in it.
         """
+        return self._costs_of("generator")
+
+    @cached_property
+    def judging(self) -> pl.DataFrame:
+        """What it cost to judge each sample: `sample` and `micro_usd`, a row for each verdict whose detail names its call; null: unknown."""
+        named = self.verdicts.filter(pl.col("detail").str.contains('"call":', literal=True))
+        calls = named.select("sample", call=pl.col("detail").str.json_path_match("$.call"))
+        return calls.join(self._costs_of("filter"), on="call").select("sample", "micro_usd")
+
+    @property
+    def cost_anything(self) -> bool:
+        """Whether making or judging had a price, or one that is unknown."""
+        return not all(each["micro_usd"].fill_null(1).eq(0).all() for each in (self.costs, self.judging))
+
+    def _costs_of(self, kind: str) -> pl.DataFrame:
         frames = [
             read_frame(f / "costs.parquet", COSTS).with_columns(round=pl.lit(_round_of(f), pl.Int64))
-            for f in self._of_kind("generator")
-            if (f / "costs.parquet").exists()  # a run of an earlier Gristmill has none
+            for f in self._of_kind(kind)
+            if (f / "costs.parquet").exists()  # a run of an earlier Gristmill has none, nor has a filter that asks nobody
         ]
         empty = pl.Schema({**COSTS, "round": pl.Int64()}).to_frame()
         return pl.concat([empty, *frames]).unique("call", keep="first", maintain_order=True)
 
     def cost_by_teacher(self) -> pl.DataFrame:
-        """What an accepted row of each teacher cost to make, the dearest first: as `cost_by`, with the calls that gave no sample."""
-        spent = self.costs.rename({"teacher": "group"})
+        """What an accepted row of each teacher cost, the dearest first: as `cost_by`, with the calls that gave no sample."""
+        writers = self.samples.select("id", group="teacher")
+        spent = pl.concat([self.costs.select(pl.col("micro_usd").cast(pl.Float64), group="teacher"), self._judged(writers)])
         return _a_row(spent, self.accepted.select("id", group="teacher"))
 
     def cost_by(self, groups: pl.DataFrame) -> pl.DataFrame:
-        """What an accepted row cost to make in each group of made samples, the dearest first. `groups`: `id` and `group`.
+        """What an accepted row cost in each group of made samples, the dearest first. `groups`: `id` and `group`.
 
-        Gives `group`, `accepted`, `micro_usd` (null where a price is unknown) and `micro_usd_a_row` (null also where no row was
-        accepted; those come first). The samples of a call share its cost; a call that gave none is in no group, nor is any judge's.
+        Counted is what it cost to make them, and what judges asked to judge them, also those that were rejected. Gives `group`,
+        `accepted`, `micro_usd` (null where a price is unknown) and `micro_usd_a_row` (null also where no row was accepted; those
+        come first). The samples of a call share its cost; a call that gave none is in no group.
         """
         made = self.samples.join(groups, on="id").join(self.costs.select("call", "micro_usd"), on="call")
-        shares = made.select("group", pl.col("micro_usd") / pl.len().over("call"))
-        return _a_row(shares, groups.join(self.accepted, on="id", how="semi"))
+        shares = made.select(pl.col("micro_usd") / pl.len().over("call"), "group")
+        return _a_row(pl.concat([shares, self._judged(groups)]), groups.join(self.accepted, on="id", how="semi"))
+
+    def _judged(self, groups: pl.DataFrame) -> pl.DataFrame:
+        return self.judging.join(groups, left_on="sample", right_on="id").select(pl.col("micro_usd").cast(pl.Float64), "group")
 
     def funnel(self) -> list[FunnelRow]:
         """One row a stage of the recipe, summed over rounds, in recipe order and "target" last."""

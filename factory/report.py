@@ -375,7 +375,7 @@ def _teachers(samples: pl.DataFrame, facts: ReleaseFacts) -> list[dict[str, Any]
 
 
 def _costs(run: RunFolder, samples: pl.DataFrame) -> list[dict[str, Any]]:
-    """What an accepted row cost to make, by teacher, label and cluster, the dearest first; nothing where nothing cost anything."""
+    """What an accepted row cost, by teacher, label and cluster, the dearest first; nothing where nothing cost anything."""
     made = samples.filter(pl.col("origin") == "made")
     cluster = pl.coalesce(pl.when(pl.col("name") != "").then("name"), pl.format("cluster {}", "cluster"))
     found = [
@@ -383,9 +383,8 @@ def _costs(run: RunFolder, samples: pl.DataFrame) -> list[dict[str, Any]]:
         ("Label", run.cost_by(made.select("id", group="label"))),
         ("Cluster", run.cost_by(made.select("id", group=pl.when(pl.col("cluster") >= 0).then(cluster)))),
     ]
-    told = not run.costs["micro_usd"].fill_null(1).eq(0).all()
     return [
-        {"by": by, "rows": rows.head(PLACES).to_dicts(), "more": rows.height - PLACES} for by, rows in found if told and not rows.is_empty()
+        {"by": by, "rows": rows.head(PLACES).to_dicts(), "more": rows.height - PLACES} for by, rows in found if run.cost_anything and not rows.is_empty()
     ]
 
 

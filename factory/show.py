@@ -91,8 +91,8 @@ def places_line(run: RunFolder) -> Text | None:
 
 
 def costs_line(run: RunFolder) -> Text | None:
-    """What an accepted row cost to make, by teacher, and at which label most; None where nothing cost anything."""
-    if run.accepted.is_empty() or run.costs["micro_usd"].fill_null(1).eq(0).all():
+    """What an accepted row cost, by teacher, and at which label most; None where nothing cost anything."""
+    if run.accepted.is_empty() or not run.cost_anything:
         return None
     teachers = [f"{name} {_a_row(each)}" for name, _, _, each in run.cost_by_teacher().iter_rows()]
     labels = run.cost_by(run.samples.filter(pl.col("origin") == "made").select("id", group="label"))
@@ -100,7 +100,7 @@ def costs_line(run: RunFolder) -> Text | None:
     dearest = ""
     if told.height > 1:
         dearest = f"; dearest label: {told['group'][0]} {_a_row(told['micro_usd_a_row'][0])} (of the calls that gave rows)"
-    return Text("an accepted row cost, to make: " + ", ".join(teachers) + dearest)
+    return Text("an accepted row cost: " + ", ".join(teachers) + dearest)
 
 
 def _a_row(micro_usd: float | None) -> str:

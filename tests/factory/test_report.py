@@ -194,7 +194,7 @@ def test_what_an_accepted_row_cost_is_told_by_teacher_label_and_cluster(tmp_path
     assert "Cluster Cost Accepted A row" in text
     said = io.StringIO()
     Console(width=300, file=said).print(outcome(run))
-    assert f"an accepted row cost, to make: big ${asked * 0.001 / big:.4f}, small " in said.getvalue()
+    assert f"an accepted row cost: big ${asked * 0.001 / big:.4f}, small " in said.getvalue()
     assert "; dearest label: " in said.getvalue()
 
 
@@ -213,7 +213,7 @@ def test_an_unknown_price_is_unknown_by_row_as_well(tmp_path):
     assert re.search(r"Label Cost Accepted A row .*cancel transfer unknown 4 –", Page((tmp_path / "r.html").read_text()).text("cost"))
     said = io.StringIO()
     Console(width=300, file=said).print(outcome(run))
-    assert "an accepted row cost, to make: big unknown, small unknown" in said.getvalue()
+    assert "an accepted row cost: big unknown, small unknown" in said.getvalue()
 
 
 def test_failures_are_counted_and_quoted(page):

@@ -746,3 +746,24 @@ def test_what_an_accepted_row_cost_is_known_by_teacher_and_label_also_where_the_
     assert folder.status["micro_usd"] == 0
     assert by_teacher == [("t", 3, 2_400_000, 800_000)]
     assert by_label == [("b", 0, 1_200_000, None), ("a", 3, 1_200_000, 400_000)]
+
+
+def test_a_row_costs_what_its_judges_asked_as_well(tmp_path: Path) -> None:
+    class Paid(Asking):
+        """Judges at $0.2 an answer, and says in each verdict which call that was."""
+
+        key = "paid"
+
+        def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+            calls = (Call(teacher="t", prompt=f"judge {id}", ref=id, params=Params(max_tokens=4)) for id in samples["id"])
+            keys = {answer.call.ref: answer.key for answer in ctx.ask(calls)}
+            return verdicts_from(samples["id"], keep=samples["label"] == "a", detail=pl.Series([json.dumps({"call": keys[id]}) for id in samples["id"]]))
+
+    paid = Scripted(price=Price(input_usd_per_mtok=0, output_usd_per_mtok=100_000))
+    folder = run(recipe(tmp_path, Words(), Paid(), teacher=paid, rounds=1), tmp_path / "mill", view="quiet")
+    labels = folder.samples.filter(pl.col("origin") == "made").select("id", group="label")
+    made = folder.costs.height
+    assert folder.judging.height == made == 12
+    assert folder.cost_by_teacher().rows() == [("t", 3, 4_800_000, 1_600_000)]
+    assert folder.cost_by(labels).rows() == [("b", 0, 2_400_000, None), ("a", 3, 2_400_000, 800_000)]
+    assert folder.cost_by_teacher()["micro_usd"].sum() == folder.status["micro_usd"]
