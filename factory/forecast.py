@@ -145,8 +145,10 @@ class Outlook:
     repeats: Novelty | None = None
     copies: Novelty | None = None
     copies_at: int | None = None
+    start_s: float = 0.0  # once: the embedder's
     filter_s: float = 0.0  # a sample, of all filters that ask nobody
     pool_s: float = 0.0  # a round, of filters of the pool
+    choose_s: float = 0.0  # a good row of a place that has too many: its vector
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class _Play:
         self.items, self.compared = had.items, had.compared
         self.bill = {key: bill.copy() for key, bill in had.bill.items()}
         self.walls: dict[tuple[str, str], float] = {}
-        self.seconds, self.end = 0.0, "done"
+        self.seconds, self.end = outlook.start_s, "done"
         self._repeats = outlook.repeats.draw(rng) if outlook.repeats else None
         self._copies = outlook.copies.draw(rng) if outlook.copies else None
         self._levels = np.exp(rng.standard_normal(len(outlook.sources)) * _unseen_spread(outlook.sources))
@@ -382,6 +384,7 @@ class _Play:
             if i == self.outlook.copies_at:
                 compared, flow = flow, self._new(flow, self.compared, self.outlook.copies, self._copies)
                 self.compared = self.compared + compared
+        self.seconds += self.outlook.choose_s * float(flow[self.have + flow > self.quota].sum())
         return made, flow
 
     def _new(

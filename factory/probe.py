@@ -110,8 +110,10 @@ class Probed:
     copies: Novelty | None
     copies_at: int | None
     samples: int
+    start_s: float
     filter_s: float
     pool_s: float
+    choose_s: float
     calls: int
     known: int
     micro_usd: int | None
@@ -238,6 +240,14 @@ class _Probe:
             flow = self._judge(line, line.stage, flow, sieves[-1], asks=asks, first=asks or sieves[-1].came == 0)
         return self._found(flow, sieves, made, copies_at)
 
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors, by the recipe's embedder, which is loaded at the first use."""
+        if self.embedder is None:
+            began = time.perf_counter()
+            self.embedder = open_embedder(self.first.recipe.embedder)
+            self.loading_s = time.perf_counter() - began
+        return self.embedder.embed(texts)
+
     def _generate(self, line: StageLine, stage: Generator) -> pl.DataFrame:
         made: dict[str, Sample] = {}
         for item in stage.generate(self.first.seeds, _Asking(self, line, only=self.chosen)):
@@ -293,6 +303,9 @@ class _Probe:
         return kept
 
     def _found(self, good: pl.DataFrame, sieves: Sequence[Judged], made: int, copies_at: int | None) -> Probed:
+        began, loaded = time.perf_counter(), self.loading_s
+        self.embed(good["input"].to_list())  # as the target does where a place has too many
+        choose_s = (time.perf_counter() - began - (self.loading_s - loaded)) / max(good.height, 1)
         compared: list[Counter[str]] = [Counter() for _ in self.places]
         for sample, of in self._compared.items():
             compared[self._place_of[sample]][of] += 1
@@ -325,8 +338,10 @@ class _Probe:
             copies=Novelty([tuple(came.values()) for came in compared]) if copies_at is not None else None,
             copies_at=copies_at,
             samples=made,
+            start_s=self.loading_s,
             filter_s=self._filter_s / max(made, 1),
             pool_s=self._pool_s,
+            choose_s=choose_s,
             calls=len(fresh),
             known=len(asked) - len(fresh),
             micro_usd=None if None in fresh else sum(cost or 0 for cost in fresh),
@@ -439,8 +454,4 @@ class _Asking(Still):
             yield answer
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        if self._probe.embedder is None:
-            began = time.perf_counter()
-            self._probe.embedder = open_embedder(self._probe.first.recipe.embedder)
-            self._probe.loading_s = time.perf_counter() - began
-        return self._probe.embedder.embed(texts)
+        return self._probe.embed(texts)
