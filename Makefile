@@ -12,6 +12,7 @@ install: .venv/installed
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(BIN)/python -m factory.kernels
 	@touch $@
 
 # Formatting, lint, types, import rules.
@@ -56,6 +57,7 @@ bench: install model
 	$(BIN)/python bench/gateway.py --json bench/results/gateway.json
 	$(BIN)/python bench/crash.py --json bench/results/crash.json
 	$(BIN)/python bench/plan.py --json bench/results/plan.json
+	$(BIN)/python bench/dedup.py --json bench/results/dedup.json
 	$(BIN)/python bench/demo.py --seeds 0 1 --json bench/results/demo.json
 
 # The gateway beside other engines, each in an environment of its own (2 GB); goes on where it stopped.

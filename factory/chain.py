@@ -29,8 +29,9 @@ from factory.gateway import NOT_OF_SCHEMA, Gateway, filled
 from factory.progress import RunState, StageState
 from factory.recipe import Recipe, StageLine
 from factory.records import COSTS, LAYOUT
+from factory.rows import read_samples
 from factory.stage import Filter, Generator, Need, Vectors
-from factory.store import SAMPLES, VERDICTS, append_json, failures_frame, read_frame, samples_frame, write_frame, write_json
+from factory.store import QUALITY, SAMPLES, VERDICTS, append_json, failures_frame, read_frame, samples_frame, write_frame, write_json
 from schemas.call import Answer, Call
 from schemas.sample import Failure, Sample
 
@@ -47,6 +48,7 @@ class World:
 
     seeds: pl.DataFrame
     kept: pl.DataFrame
+    quality: pl.DataFrame = field(default_factory=QUALITY.to_frame)
     needs: tuple[Need, ...] = ()
     worth: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -290,6 +292,7 @@ class _StageContext:
         self.stage, self.round = line.folder, number
         self.rng = random.Random(f"{stages.recipe.seed}/{line.folder}/{number}")
         self.seeds, self.kept, self.needs, self.worth = world.seeds, world.kept, world.needs, world.worth
+        self.quality = world.quality
         self.teachers = tuple(stages.recipe.teachers)
         self.tally = Tally()
         self._counting = threading.Lock()  # batches of a filter may be judged at once
@@ -364,6 +367,9 @@ class _StageContext:
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         return self._stages.embed(texts)
+
+    def read(self, path: Path) -> pl.DataFrame:
+        return read_samples(path)
 
     def report(self, name: str, value: Any) -> None:
         self.tally.reports[name] = value

@@ -230,6 +230,111 @@ def ledger_verify() -> None:
     sys.exit(1 if audit.faults else 0)
 
 
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write what stays here, as the rows stand in FILE (.jsonl, .csv or .parquet).",
+)
+@click.option(
+    "--dropped",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write what goes here, with its twin and how alike they are (.jsonl).",
+)
+@click.option(
+    "--compare",
+    type=click.Choice(["input", "output", "both", "rejected", "all"]),
+    default="both",
+    show_default=True,
+    help="By which text rows are compared: the prompt, the answer, both; of preferences also the rejected answer, or all three.",
+)
+@click.option(
+    "--near",
+    type=click.FloatRange(0.2, 1),
+    default=0.8,
+    show_default=True,
+    help="Jaccard likeness of shingles from which two rows are one.",
+)
+@click.option("--no-near", is_flag=True, help="Only equal texts, and those that --semantic finds.")
+@click.option(
+    "--mode",
+    type=click.Choice(["minhash", "exact"]),
+    default="minhash",
+    show_default=True,
+    help="exact misses none, and is slow for very many short texts.",
+)
+@click.option("--semantic", metavar="COSINE", help="Compare meanings as well, from this cosine on, or `auto`. Computes a vector a row.")
+@click.option(
+    "--against", type=click.Path(path_type=Path, exists=True), multiple=True, help="Drop what these files or versions hold already."
+)
+@_told
+def dedup(
+    file: Path,
+    out: Path | None,
+    dropped: Path | None,
+    compare: str,
+    near: float,
+    no_near: bool,
+    mode: str,
+    semantic: str | None,
+    against: tuple[Path, ...],
+) -> None:
+    """Find the rows of FILE that say what an earlier row says. Changes nothing; --out writes what stays.
+
+    FILE: JSON Lines, JSON, CSV, TSV, Parquet, text, a folder written by `datasets`, or a released version. A row is a text, a question with
+    its answer, messages, or a preference.
+    """
+    from factory.dedup import dedup as find
+    from factory.dedup import stages_for, write_dropped, write_rows
+    from factory.show import duplicates
+
+    stages = stages_for(file, compare=compare, against=against, near=None if no_near else near, mode=mode, semantic=semantic)
+    found = find(file, stages)
+    if out:
+        write_rows(out, (found.rows[row] for row in found.kept))
+    if dropped:
+        write_dropped(dropped, found)
+    _print(duplicates(found, out))
+
+
+@main.command()
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--compare",
+    type=click.Choice(["input", "output", "both"]),
+    default="both",
+    show_default=True,
+    help="Whether prompts, answers or both are measured.",
+)
+@click.option("--reference", type=click.Path(path_type=Path), help="Say how far the rows cover this file's (the seeds, say).")
+@click.option("--equal", is_flag=True, help="Cut all to as many rows as the smallest has: most figures change with the number of rows.")
+@click.option("--no-vectors", is_flag=True, help="Only the figures of words: quick, where embedding takes a core a second for 100 rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_told
+def diversity(files: tuple[Path, ...], compare: Any, reference: Path | None, equal: bool, no_vectors: bool, as_json: bool) -> None:
+    """Say how varied the rows of each FILE are, side by side; docs/diversity.md explains the figures.
+
+    FILE: as for `dedup`.
+    """
+    from factory.diversity import of_files, table
+    from factory.embed import open_embedder
+    from schemas.recipe import EmbedderChoice
+
+    if reference and no_vectors:
+        raise click.UsageError("--reference needs vectors; leave out --no-vectors.")
+    embed = None if no_vectors else open_embedder(EmbedderChoice()).embed
+    found = of_files(files, compare=compare, reference=reference, embed=embed, equal=equal)
+    if as_json:
+        from json import dumps
+
+        click.echo(dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _print(table(found))
+        if len({figures["rows"] for figures in found.values()}) > 1:
+            click.echo("\nThey are not of one size, and most figures change with it: --equal cuts them to the smallest.")
+
+
 def _recipe(where: Path) -> Any:
     from factory.recipe import load_recipe
 

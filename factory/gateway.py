@@ -325,6 +325,8 @@ class Gateway:
     def _freed(self, line: Line, pace: Pace) -> None:
         """Let the other lines of this pace send: in a circle, the one behind this line first, so that none waits for all of another."""
         lines = [desk.line for desk in self._desks.values()]
+        if len(lines) == 1:
+            return
         place = lines.index(line)
         for other in lines[place + 1 :] + lines[:place]:
             if any(way.pace is pace for way in other.ways):

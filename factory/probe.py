@@ -27,8 +27,9 @@ from factory.forecast import Answered, Had, Novelty
 from factory.gateway import Gateway, filled
 from factory.ledger import Ledger, open_ledger
 from factory.recipe import Recipe, StageLine
-from factory.stage import Filter, Generator, Need, Vectors
-from factory.store import SAMPLES, samples_frame, unwritable
+from factory.rows import read_samples
+from factory.stage import Filter, Generator, Need, Vectors, check_filters
+from factory.store import QUALITY, SAMPLES, samples_frame, unwritable
 from schemas.call import Answer, Call
 from schemas.sample import Sample
 
@@ -135,6 +136,7 @@ def first_round(recipe: Recipe) -> First:
     seeds = everything.filter(~pl.col("holdout"))
     if seeds.is_empty():
         raise RunError("the seeds stage gives no seed that a teacher may see")
+    check_filters(((line.folder, line.stage) for line in recipe.stages), seeds)
     quota = rounds.quotas(recipe.target, seeds)
     needs = rounds.needs(quota, {}, {}, oversample=recipe.target.oversample)
     return First(recipe, seeds, everything.height - seeds.height, len(read) - len(first), quota, needs)
@@ -424,11 +426,15 @@ class Still:
         self.stage, self.round, self.needs = stage, 1 if needs else 0, needs
         self.rng = random.Random(f"{recipe.seed}/{stage}/{self.round}")
         self.seeds = self.kept = SAMPLES.to_frame() if seeds is None else seeds
+        self.quality = QUALITY.to_frame()
         self.worth: dict[str, float | None] = {}
         self.teachers = tuple(recipe.teachers)
 
     def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
         raise RuntimeError(f"stage {self.stage} asked during a plan")
+
+    def read(self, path: Path) -> pl.DataFrame:
+        return read_samples(path)
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         raise RuntimeError(f"stage {self.stage} embedded during a plan")

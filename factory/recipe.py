@@ -119,10 +119,10 @@ class Recipe:
 
     def _files(self) -> list[tuple[str, Path]]:
         return [
-            (f"{line.folder}.{name}", getattr(line.stage, name))
+            (f"{line.folder}.{name}" + (f".{number}" if number else ""), path)
             for line in self.stages
             for name in _marked(type(line.stage), RecipeFile)
-            if getattr(line.stage, name) is not None
+            for number, path in enumerate(_paths(getattr(line.stage, name)))
         ]
 
 
@@ -336,14 +336,19 @@ class _Reading:
         if not isinstance(settings, dict):
             return settings
         marked = _marked(model, RecipeFile)
-        return {
-            k: self.path.resolve().parent / Path(v).expanduser() if k in marked and isinstance(v, str) else v for k, v in settings.items()
-        }
+
+        def absolute(value: Any) -> Any:
+            if isinstance(value, list):
+                return [absolute(one) for one in value]
+            return self.path.resolve().parent / Path(value).expanduser() if isinstance(value, str) else value
+
+        return {k: absolute(v) if k in marked else v for k, v in settings.items()}
 
     def _check_marks(self, stage: Stage, where: Where, teachers: Sequence[str]) -> None:
         for name, mark in _marked(type(stage), RecipeFile).items():
-            path = getattr(stage, name)
-            if path is not None and mark.must_exist and not path.exists():
+            for path in _paths(getattr(stage, name)):
+                if not mark.must_exist or path.exists():
+                    continue
                 near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
                 self._problem((*where, name), f"there is no file {path}{did_you_mean(path.name, near)}")
         for name in _marked(type(stage), TeacherNames):
@@ -405,6 +410,10 @@ def _marked(model: type[BaseModel], mark: type[Any]) -> dict[str, Any]:
     return {name: m for name, field in model.model_fields.items() for m in field.metadata if isinstance(m, mark)}
 
 
+def _paths(value: Path | tuple[Path, ...] | None) -> tuple[Path, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
 def _sha256(path: Path) -> str:
     """The hash of a file's bytes; of a folder: of its files' names and hashes."""
     if path.is_dir():
@@ -416,4 +425,10 @@ def _sha256(path: Path) -> str:
 
 def _without_paths(settings: dict[str, Any], paths: set[str]) -> dict[str, Any]:
     """Settings without absolute paths: a moved folder is the same recipe, since the files' bytes are hashed beside."""
-    return {key: None if isinstance(value, str) and value in paths else value for key, value in settings.items()}
+
+    def without(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without(one) for one in value]
+        return None if isinstance(value, str) and value in paths else value
+
+    return {key: without(value) for key, value in settings.items()}

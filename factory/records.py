@@ -163,7 +163,7 @@ class RunFolder:
 
     @cached_property
     def judging(self) -> pl.DataFrame:
-        """What it cost to judge each sample: `sample` and `micro_usd`, a row for each verdict whose detail names its call; null: unknown."""
+        """What it cost to judge each sample: `sample` and `micro_usd`, a row a verdict whose detail names its call; null: unknown."""
         named = self.verdicts.filter(pl.col("detail").str.contains('"call":', literal=True))
         calls = named.select("sample", call=pl.col("detail").str.json_path_match("$.call"))
         return calls.join(self._costs_of("filter"), on="call").select("sample", "micro_usd")

@@ -128,10 +128,11 @@ def release(
         manifest = _manifest(run, plan, facts, cut, lineage, check, name=name, number=number)
         write_bytes(part / "README.md", _card(manifest).encode())
         splits = dict(lineage.select("id", "split").iter_rows())
-        write_report(part / "report.html", run, embed, title=manifest.title, facts=facts, splits=splits)
+        varied = write_report(part / "report.html", run, embed, title=manifest.title, facts=facts, splits=splits)
         rows = {f"{split}.jsonl": manifest.counts.split[split] for split in SPLITS} | {"lineage.parquet": lineage.height}
         files = {path.name: _file_facts(path, rows.get(path.name)) for path in sorted(part.iterdir())}
-        write_json(part / "manifest.json", manifest.model_copy(update={"files": files}).model_dump(mode="json"))
+        manifest = manifest.model_copy(update={"files": files, "diversity": varied})
+        write_json(part / "manifest.json", manifest.model_dump(mode="json"))
         return _publish(part, home / f"v{number}")
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

@@ -18,7 +18,7 @@ import polars as pl
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from factory.diversity import diversity
+from factory.diversity import FIGURES, diversity, hash_order
 from factory.records import TARGET, RunFolder
 from factory.stage import Vectors
 from factory.store import write_bytes
@@ -34,25 +34,30 @@ PAIRS = 4
 PLACES = 60  # places that one chart of the balance shows, the thinnest first
 BINS = 32
 FATES = ("accepted", "real", "holdout", "surplus", "pending", "rejected")
-MEASURES = {  # figure: what it is called, and what it says
-    "distinct_1": ("Distinct words", "share of words that are different ones; higher is more varied"),
-    "distinct_2": ("Distinct word pairs", "share of neighbouring words that are different pairs; higher is more varied"),
-    "compression_ratio": ("Compression", "size by compressed size; lower is more varied"),
-    "mean_cosine": ("Mean cosine", "over all pairs of texts; lower is more varied"),
-    "mean_nearest_distance": ("Distance to the nearest", "1 − cosine to the nearest other text; 0 means that every text has its double"),
-    "vendi": ("Vendi score", "how many wholly different texts would be as varied"),
-}
+TRACKED = (  # the figures by which teachers and rounds are compared
+    "distinct_1_in_100",
+    "distinct_2_in_100",
+    "compression_ratio",
+    "self_bleu",
+    "mean_nearest_distance",
+    "vendi",
+    "novelsum",
+    "cluster_entropy",
+    "reference_coverage",
+)
+SMALLEST = 20  # accepted rows, of a teacher or round that is compared
 
 _DATA = Path(__file__).parent / "data"
 
 
 def write_report(
     path: Path, run: RunFolder, embed: Embed, *, title: str, facts: ReleaseFacts, splits: Mapping[str, str] | None = None
-) -> None:
+) -> dict[str, float]:
     """Write the report of `run` to `path`: one file of HTML under 6 MB that asks nothing of any network.
 
     `splits` are those of a version (id to split). Every text is escaped, and the page's own policy lets no other script run.
     More than 3,000 samples: the map and the browser show that many, all real rows among them; every count is of all.
+    Gives the figures of diversity of all accepted rows, as the page has them.
     """
     samples = _joined(run, splits or {})
     script, style = (_DATA / "report.js").read_text(), (_DATA / "report.css").read_text()
@@ -61,6 +66,7 @@ def write_report(
     )
     environment.filters.update(n=_count, usd=_usd, span=_span, score=_score, clip=_clip, plain=_plain)
     drawn = _drawn(samples)
+    varied = _diversity(samples, embed)
     page = environment.get_template("report.html.j2").render(
         title=title,
         style=Markup(style),
@@ -74,7 +80,7 @@ def write_report(
         places=_places(run, samples, facts),
         axes=_axes(samples),
         clusters=_clusters(run, samples),
-        diversity=_diversity(samples, embed),
+        diversity=varied,
         rejects=_rejects(run, samples),
         twins=_twins(run, samples),
         failures=_failures(run),
@@ -82,6 +88,8 @@ def write_report(
         costs=_costs(run, samples),
     )
     write_bytes(path, page.encode())
+    accepted: dict[str, float] = varied["accepted"]
+    return accepted
 
 
 # -- what is shown ---------------------------------------------------------------------------------------------------------
@@ -232,18 +240,50 @@ def _clusters(run: RunFolder, samples: pl.DataFrame) -> dict[str, Any]:
 
 
 def _diversity(samples: pl.DataFrame, embed: Embed) -> dict[str, Any]:
-    """Figures of the seeds, of all accepted rows, and of as many accepted rows as there are seeds: most grow or fall with the number."""
-    sets = {name: samples.filter(pl.col("fate") == name)["shown"].to_list() for name in ("real", "accepted")}
-    few = min(map(len, sets.values()))
-    by_hash = sorted(sets["accepted"], key=lambda text: content_hash("d1", text))
-    columns = [("seeds", sets["real"]), ("accepted, as many", by_hash[:few]), ("accepted, all", sets["accepted"])]
-    columns = [(name, texts) for name, texts in columns if texts]
-    figures = [diversity(texts, embed(texts)) for _, texts in columns]
-    names = list(dict.fromkeys(name for found in figures for name in found))
+    """Figures of the seeds, of all accepted rows, and of as many accepted rows as there are seeds; the same by teacher and by round.
+
+    Most figures change with the number of texts, so what is compared is cut to the same number, by the order of a hash.
+    """
+    real, accepted = (samples.filter(pl.col("fate") == fate) for fate in ("real", "accepted"))
+    seeds, texts = real["shown"].to_list(), accepted["shown"].to_list()
+    reference = embed(seeds) if seeds else None
+    columns = [("seeds", seeds, None), ("accepted, as many", _cut(texts, len(seeds)), reference), ("accepted, all", texts, reference)]
+    columns = [column for column in columns if column[1]]
+    figures = [diversity(texts, embed(texts), against) for _, texts, against in columns]
     return {
-        "columns": [(name, len(texts)) for name, texts in columns],
-        "rows": [(*MEASURES.get(name, (name, "")), [found.get(name) for found in figures]) for name in names],
+        "columns": [(name, len(texts)) for name, texts, _ in columns],
+        "rows": [(*FIGURES[name], [found.get(name) for found in figures]) for name in FIGURES if any(name in found for found in figures)],
+        "accepted": figures[-1] if texts else {},
+        "smallest": SMALLEST,
+        "groups": [
+            _compared(by, accepted.select(group=column, text="shown"), embed, reference)
+            for by, column in (("Teacher", "teacher"), ("Round", "round"))
+        ],
     }
+
+
+def _compared(by: str, rows: pl.DataFrame, embed: Embed, reference: Vectors | None) -> dict[str, Any]:
+    """The figures of each group of texts, all cut to the size of the smallest; groups of under 20 are only counted."""
+    groups = rows.drop_nulls().group_by("group", maintain_order=True).agg("text").sort("group")
+    large = [(str(name), texts) for name, texts in groups.iter_rows() if len(texts) >= SMALLEST]
+    if len(large) == 1:  # it is "accepted, all"
+        large = []
+    few = min((len(texts) for _, texts in large), default=0)
+    cut = [_cut(texts, few) for _, texts in large]
+    figures = [diversity(texts, embed(texts), reference) for texts in cut]
+    names = [name for name in TRACKED if any(name in found for found in figures)]
+    return {
+        "by": by,
+        "few": few,
+        "small": groups.height - len(large),
+        "columns": [FIGURES[name] for name in names],
+        "rows": [(name, len(texts), [found.get(figure) for figure in names]) for (name, texts), found in zip(large, figures, strict=True)],
+    }
+
+
+def _cut(texts: Sequence[str], number: int) -> list[str]:
+    """So many of the texts, the first by the order of a hash."""
+    return [texts[row] for row in hash_order(texts)[:number]]
 
 
 def _rejects(run: RunFolder, samples: pl.DataFrame) -> list[dict[str, Any]]:
@@ -324,14 +364,27 @@ def _twins(run: RunFolder, samples: pl.DataFrame) -> list[dict[str, Any]]:
         .join(text.rename({"shown": "twin_text"}), left_on="twin", right_on="id")
         .sort("by", "score", "sample", descending=[False, True, False])
     )
+    large = _large_groups(run, samples)
     return [
         {
             "by": by,
+            "large": large.get(by, []),
             "kept": [_pair(row) for row in of_filter.filter("keep").head(PAIRS).to_dicts()],
             "rejected": [_pair(row) for row in of_filter.filter(~pl.col("keep")).sort("score", "sample").head(PAIRS).to_dicts()],
         }
         for (by,), of_filter in pairs.group_by("by", maintain_order=True)
     ]
+
+
+def _large_groups(run: RunFolder, samples: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """By filter, the rows for which more others were rejected in a round than one would expect, with how many it were."""
+    shown = dict(samples.select("id", "shown").iter_rows())
+    found: dict[str, list[dict[str, Any]]] = {}
+    for stage in run.stages:
+        for group in stage["reports"].get("groups", {}).get("larger_than_expected", []):
+            row = {"rows": group["rows"], "round": stage["round"], "text": _clip(shown.get(group["sample"], group["sample"]), 120)}
+            found.setdefault(stage["stage"], []).append(row)
+    return found
 
 
 def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -384,7 +437,9 @@ def _costs(run: RunFolder, samples: pl.DataFrame) -> list[dict[str, Any]]:
         ("Cluster", run.cost_by(made.select("id", group=pl.when(pl.col("cluster") >= 0).then(cluster)))),
     ]
     return [
-        {"by": by, "rows": rows.head(PLACES).to_dicts(), "more": rows.height - PLACES} for by, rows in found if run.cost_anything and not rows.is_empty()
+        {"by": by, "rows": rows.head(PLACES).to_dicts(), "more": rows.height - PLACES}
+        for by, rows in found
+        if run.cost_anything and not rows.is_empty()
     ]
 
 

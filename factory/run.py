@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +30,9 @@ from factory.ledger import Ledger, open_ledger
 from factory.progress import RunState, shown
 from factory.recipe import Recipe, StageLine
 from factory.records import LAYOUT, TARGET, RunFolder
-from factory.stage import Filter, Generator, Need, Vectors
+from factory.stage import Filter, Generator, Need, Vectors, check_filters
 from factory.store import (
+    QUALITY,
     SAMPLES,
     read_json,
     unwritable,
@@ -106,6 +108,7 @@ class _Mill:
         seeds = RunFolder(self.folder).of_fate("real")
         if seeds.is_empty():
             raise RunError("the seeds stage gave no seed that a teacher may see", next="Set fewer seeds aside with holdout, or bring more.")
+        check_filters(((line.folder, line.stage) for line in self.recipe.stages), seeds)
         quota = self.stages.quota = rounds.quotas(self.recipe.target, seeds)
         number, idle = 1, 0
         while True:
@@ -171,9 +174,17 @@ class _Mill:
             if _streams(head):
                 while rest and isinstance(rest[0].stage, Filter) and rest[0].stage.scope == "sample":
                     chain.append(rest.pop(0))
-            flow = self.stages.chain(number, chain, flow, world, known)
+            flow = self.stages.chain(number, chain, flow, replace(world, quality=self._quality(number, flow)), known)
             lines = rest
         self._choose(number, flow, quota, have)
+
+    def _quality(self, number: int, flow: pl.DataFrame) -> pl.DataFrame:
+        """How good ranking filters have found the samples of this round so far."""
+        ranking = [line.folder for line in self.recipe.stages if isinstance(line.stage, Filter) and line.stage.ranks]
+        if not ranking or flow.is_empty():
+            return QUALITY.to_frame()
+        verdicts = RunFolder(self.folder).verdicts.filter(pl.col("round") == number)
+        return flow.select("id", rounds.quality_of(flow, verdicts, ranking))
 
     def _needs(self, record: RunFolder, number: int, quota: dict[str, int], have: dict[str, int]) -> tuple[Need, ...]:
         """What the round aims at: from the rounds before it alone, so that a round done again aims at the same."""

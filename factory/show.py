@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ from factory.records import FunnelRow, RunFolder
 from factory.store import read_json
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Sequence
 
+    from factory.dedup import Found
     from factory.ledger import By, Entry, Sum
 
 LOST_SHOWN = 20  # the latest
@@ -268,3 +269,47 @@ def _lost(entries: Sequence[Entry]) -> list[RenderableType]:
     if len(entries) > LOST_SHOWN:
         parts.append(Text(f"and {len(entries) - LOST_SHOWN:,} before them; `gristmill ledger export` writes them all"))
     return parts
+
+
+def duplicates(found: Found, out: Path | None) -> RenderableType:
+    """What `gristmill dedup` found: how many rows go by which filter, and the pairs nearest to each cut."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("rows", justify="right")
+    table.add_row("read", f"{len(found.rows):,}")
+    from factory.dedup import UNREADABLE
+
+    by = Counter(one.by for one in found.dropped)
+    for name, count in by.items():
+        what = {"exact": "the same to the letter", UNREADABLE: UNREADABLE}.get(name, f"the same by {name}")
+        table.add_row(what, f"-{count:,}")
+    table.add_row("stay", f"{len(found.kept):,}")
+    parts: list[RenderableType] = [table]
+    if found.unreadable:
+        reasons = Counter(one.reason for one in found.unreadable)
+        told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+        parts.append(Text(f"\n{len(found.unreadable):,} rows could not be compared ({told}); unreadable ones go, others stay"))
+    for name, report in found.reports.items():
+        parts += [
+            Text(f"\n{name}: {large['rows']:,} rows say what {large['sample'][:12]} says: more than one would expect")
+            for large in report.get("groups", {}).get("larger_than_expected", [])
+        ]
+        for side, what in (("above", "just alike enough to be one"), ("below", "just not alike enough")):
+            if pairs := report.get("nearest_the_cut", {}).get(side, [])[:3]:
+                parts.append(Text(f"\n{name}: {what}", style="bold"))
+                for pair in pairs:
+                    one, other = (_short(found.texts.get(pair[end], pair[end])) for end in ("twin", "sample"))
+                    parts.append(Text(f"  {pair['likeness']:.3f}  {one}\n         {other}"))
+    parts.append(
+        Text(
+            f"\nwrote {len(found.kept):,} rows to {out}"
+            if out
+            else "\nNothing was written: --out FILE writes what stays, --dropped FILE what goes."
+        )
+    )
+    return Group(*parts)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 110 else f"{text[:109]}…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from factory.errors import GristmillError
 from schemas.call import Answer, Call
 from schemas.sample import Failure, Sample
 
@@ -38,9 +40,10 @@ class Context(Protocol):
     """All that a stage may know of the world.
 
     `seeds` are the real samples that a teacher may see; `kept` all that was accepted before this round (seeds included);
-    both are frames as in `factory.store.SAMPLES`. `worth` is what each teacher has given in earlier rounds of this run: good rows a
-    dollar, or a call where money says nothing; None: nothing yet. `rng` is seeded by recipe seed, stage and round, so a repeated run asks
-    the same questions.
+    both are frames as in `factory.store.SAMPLES`. `quality` is what ranking filters have found of this round's samples so far, as
+    `factory.store.QUALITY`, for a filter that is handed them all. `worth` is what each teacher has given in earlier rounds of this
+    run: good rows a dollar, or a call where money says nothing; None: nothing yet. `rng` is seeded by recipe seed, stage and round,
+    so a repeated run asks the same questions.
     """
 
     @property
@@ -54,6 +57,8 @@ class Context(Protocol):
     @property
     def kept(self) -> pl.DataFrame: ...
     @property
+    def quality(self) -> pl.DataFrame: ...
+    @property
     def needs(self) -> Sequence[Need]: ...
     @property
     def teachers(self) -> Sequence[str]: ...
@@ -65,6 +70,9 @@ class Context(Protocol):
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors, one a text, shape (n, d), float32, cached by content."""
+
+    def read(self, path: Path) -> pl.DataFrame:
+        """The samples of a file, a `datasets` folder or a released version, as a frame of `SAMPLES`."""
 
     def report(self, name: str, value: Any) -> None:
         """Keep a JSON value in this stage's `stage.json`, for the report."""
@@ -129,3 +137,14 @@ class Filter(Stage):
     def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterable[Call]:
         """The calls that `judge` would make for `samples`, for `plan`; asks nothing."""
         return ()
+
+    def check(self, samples: pl.DataFrame) -> str | None:
+        """What the recipe must say before samples of such a kind can be judged, with what to do about it; None: nothing."""
+        return None
+
+
+def check_filters(stages: Iterable[tuple[str, Stage]], seeds: pl.DataFrame) -> None:
+    """Before anything is asked: GristmillError where a filter can't judge what is made from such seeds. `stages`: folder and stage."""
+    for folder, stage in stages:
+        if isinstance(stage, Filter) and (trouble := stage.check(seeds)):
+            raise GristmillError(trouble, where=f"stage {folder}")

@@ -54,6 +54,8 @@ VERDICTS = pl.Schema(
     }
 )
 
+QUALITY = pl.Schema({"id": pl.String(), "quality": pl.Float64()})  # how good ranking filters find samples: 0 to 1
+
 FAILURES = pl.Schema(dict.fromkeys(("reason", "detail", "text", "teacher", "call", "source"), pl.String()))
 
 

@@ -115,6 +115,12 @@ def read_rows(
     return _rows(read_file(path, split), stage, columns or {}, LABELS)
 
 
+def read_raw(path: Path, *, split: str = "train", stage: str = "rows") -> Iterator[tuple[Any, Sample | Failure]]:
+    """As `read_rows`, each with the row as it stands in the file, and repeated rows as samples as well."""
+    for source, record in read_file(path, split):
+        yield record, _row(source, record, stage, {}, LABELS)
+
+
 # Labels and the rows set aside: both need all seeds at once.
 
 
@@ -189,14 +195,17 @@ def _rows(
 ) -> Iterator[Sample | Failure]:
     sources: dict[str, str] = {}
     for source, record in records:
-        try:
-            sample = _sample(record, Provenance(origin="real", generator=stage, source=source), columns, label_columns)
-            if (first := sources.setdefault(sample.id, source)) != source:
-                raise _UnusableRow("repeat", f"{source} repeats {first}")
-        except _UnusableRow as error:
-            yield Failure(reason=error.reason, detail=error.detail, text=_shown(record), source=source)
-        else:
-            yield sample
+        row = _row(source, record, stage, columns, label_columns)
+        if isinstance(row, Sample) and (first := sources.setdefault(row.id, source)) != source:
+            row = Failure(reason="repeat", detail=f"{source} repeats {first}", text=_shown(record), source=source)
+        yield row
+
+
+def _row(source: str, record: Any, stage: str, columns: Mapping[str, str], label_columns: tuple[str, ...]) -> Sample | Failure:
+    try:
+        return _sample(record, Provenance(origin="real", generator=stage, source=source), columns, label_columns)
+    except _UnusableRow as error:
+        return Failure(reason=error.reason, detail=error.detail, text=_shown(record), source=source)
 
 
 class _UnusableRow(Exception):

@@ -121,7 +121,8 @@ class Manifest(_Record):
     """A released version. It is written last: where a manifest stands, the version is whole.
 
     `micro_usd` and the tokens are the run's; `prices` is where those come from that the recipe does not give; `left_out`
-    counts rows that could have been released and were not, by reason.
+    counts rows that could have been released and were not, by reason. `diversity` are the figures of the made rows, by name
+    (docs/diversity.md), measured against the seeds; two versions can be compared by them where they hold as many rows.
     """
 
     format: str = MANIFEST_FORMAT
@@ -137,6 +138,7 @@ class Manifest(_Record):
     left_out: dict[str, int] = Field(default_factory=dict)
     splits: SplitRule
     leak_check: LeakCheck
+    diversity: dict[str, float] = Field(default_factory=dict)
     funnel: tuple[FunnelLine, ...]
     teachers: tuple[TeacherFacts, ...]
     micro_usd: int

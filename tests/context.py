@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from factory.rows import read_samples
 from factory.stage import Need, Vectors
-from factory.store import SAMPLES, samples_frame
+from factory.store import QUALITY, SAMPLES, samples_frame
 from schemas.call import Answer, Call, Reply
 from schemas.sample import Message, Provenance, Sample
 
@@ -41,6 +43,7 @@ class FakeContext:
 
     seeds: pl.DataFrame = field(default_factory=SAMPLES.to_frame)
     kept: pl.DataFrame | None = None
+    quality: pl.DataFrame = field(default_factory=QUALITY.to_frame)
     needs: Sequence[Need] = ()
     answers: Callable[[Call], str] | None = None
     stage: str = "01-test"
@@ -65,6 +68,9 @@ class FakeContext:
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         return embedder().embed(texts)  # type: ignore[no-any-return]
+
+    def read(self, path: Path) -> pl.DataFrame:
+        return read_samples(path)
 
     def report(self, name: str, value: Any) -> None:
         self.reports[name] = value

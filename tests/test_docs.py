@@ -23,10 +23,12 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    (block,) = blocks(ROOT / "README.md", "bash")
+    block, on_files = blocks(ROOT / "README.md", "bash")
+    for name in ("rows", "other"):
+        (tmp_path / f"{name}.jsonl").write_bytes((ROOT / "examples" / "bank-intents" / "seeds.jsonl").read_bytes())
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = []
-    for line in block.splitlines():
+    for line in (block + on_files).splitlines():
         command = shlex.split(line, comments=True)
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
@@ -39,7 +41,8 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
             )
             assert faster.count("kind: fake") == 1
             recipe.write_text(faster)
-    assert ran == ["init", "plan", "run", "show", "release"]
+    assert ran == ["init", "plan", "run", "show", "release", "dedup", "diversity"]
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 40
     assert (tmp_path / "mill" / "datasets" / "my-task" / "v1" / "report.html").exists()
 
 

@@ -20,7 +20,9 @@ SEEDS = Path(__file__).parent.parent / "examples" / "bank-intents" / "seeds.json
 FILTERS = [key for key in plugins.names(plugins.STAGES) if issubclass(plugins.stage_class(key), Filter)]
 
 
-NEEDED = {"judge": {"rubric": "label_fits"}}  # the fields that have no default
+NEEDED: dict[str, dict[str, str]] = {"judge": {"rubric": "label_fits"}} | {
+    key: {"compare": "both"} for key in ("exact", "near", "semantic")
+}  # what must be said
 
 
 def stage_of(key: str) -> Filter:

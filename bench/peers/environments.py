@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PEERS = ("distilabel", "data_designer", "curator", "openai_gather")
+PEERS = ("distilabel", "data_designer", "curator", "openai_gather")  # of the gateway
+DUPLICATES = "duplicates"  # the environment of those that find duplicates
 MARKER = "made-of.txt"  # written last: an environment without it is not whole
 # At run time nothing may be asked for or told outside this machine, and nothing remembered.
 QUIET = {
@@ -40,7 +41,7 @@ QUIET = {
 
 def python_of(name: str) -> str:
     """The interpreter that runs a script: a peer's own, else this one."""
-    return str(HERE / ".env" / name / "bin" / "python") if name in PEERS else sys.executable
+    return str(HERE / ".env" / name / "bin" / "python") if name in (*PEERS, DUPLICATES) else sys.executable
 
 
 def make(name: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from factory import report
+from factory.diversity import diversity, hash_order
 from factory.records import COSTS, RunFolder
 from factory.report import write_report
 from factory.show import outcome
@@ -226,6 +227,30 @@ def test_diversity_compares_as_many_rows(page):
     text = page.text("diversity")
     assert "seeds (30) accepted, as many (30) accepted, all (36)" in text
     assert "Vendi score" in text
+    assert re.search(r"Reference covered – \d\.\d+ \d\.\d+ share of", text)  # the seeds would cover themselves
+    assert "By teacher" not in text  # only one of them has 20 rows
+    assert "By round" not in text
+
+
+def test_diversity_is_told_by_teacher_and_round_over_equal_numbers(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SMALLEST", 14)
+    write_report(tmp_path / "r.html", run, embed, title="bank", facts=facts())
+    text = Page((tmp_path / "r.html").read_text()).text("diversity")
+    accepted = run.accepted
+    for by, column in (("Teacher", "teacher"), ("Round", "round")):
+        sizes = dict(accepted[column].value_counts().sort(column).iter_rows())
+        few = min(sizes.values())
+        assert f"By {by.lower()} {few} accepted rows of each, as many as the smallest has. {by} Accepted Distinct words in 100" in text
+        rows = [accepted.filter(pl.col(column) == name)["input"].to_list() for name in sizes]
+        for (name, n), texts in zip(sizes.items(), rows, strict=True):
+            cut = [texts[row] for row in hash_order(texts)[:few]]
+            figures = diversity(cut, embed(cut), embed(run.of_fate("real")["input"].to_list()))
+            shown = [
+                f"{figures[figure]:.3f}" if figures[figure] < 10 else f"{figures[figure]:.1f}"
+                for figure in report.TRACKED
+                if figure in figures
+            ]
+            assert f" {name} {n} {' '.join(shown)}" in text
 
 
 def test_the_same_run_gives_the_same_page(run, path, tmp_path):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import polars as pl
 import pytest
 
-from factory.errors import RunError, RunLocked, StoreError
+from factory.errors import GristmillError, RunError, RunLocked, StoreError
 from factory.recipe import Recipe, StageLine
 from factory.records import RunFolder
 from factory.run import failed_calls, run
@@ -757,7 +757,9 @@ def test_a_row_costs_what_its_judges_asked_as_well(tmp_path: Path) -> None:
         def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
             calls = (Call(teacher="t", prompt=f"judge {id}", ref=id, params=Params(max_tokens=4)) for id in samples["id"])
             keys = {answer.call.ref: answer.key for answer in ctx.ask(calls)}
-            return verdicts_from(samples["id"], keep=samples["label"] == "a", detail=pl.Series([json.dumps({"call": keys[id]}) for id in samples["id"]]))
+            return verdicts_from(
+                samples["id"], keep=samples["label"] == "a", detail=pl.Series([json.dumps({"call": keys[id]}) for id in samples["id"]])
+            )
 
     paid = Scripted(price=Price(input_usd_per_mtok=0, output_usd_per_mtok=100_000))
     folder = run(recipe(tmp_path, Words(), Paid(), teacher=paid, rounds=1), tmp_path / "mill", view="quiet")
@@ -767,3 +769,49 @@ def test_a_row_costs_what_its_judges_asked_as_well(tmp_path: Path) -> None:
     assert folder.cost_by_teacher().rows() == [("t", 3, 4_800_000, 1_600_000)]
     assert folder.cost_by(labels).rows() == [("b", 0, 2_400_000, None), ("a", 3, 2_400_000, 800_000)]
     assert folder.cost_by_teacher()["micro_usd"].sum() == folder.status["micro_usd"]
+
+
+COMPARED = """name: compared
+target: {accepted: 2}
+teachers:
+  f: {kind: fake}
+stages:
+  - seeds: {path: seeds.jsonl}
+  - compose: {}
+  - near: NEAR
+"""
+
+
+def test_what_a_filter_must_be_told_is_said_before_anybody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from factory.plan import make_plan
+    from factory.recipe import load_recipe
+
+    row = {"prompt": "Which?", "chosen": "This one.", "rejected": "That one."}
+    (tmp_path / "seeds.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "recipe.yaml").write_text(COMPARED.replace("NEAR", "{}"))
+    recipe = load_recipe(tmp_path)
+    for work in (lambda: run(recipe, tmp_path / "mill", view="quiet"), lambda: make_plan(recipe, tmp_path / "mill")):
+        with pytest.raises(GristmillError, match=r"the samples are preferences.*Set `compare:`") as caught:
+            work()
+        assert "03-near" in str(caught.value)
+    assert not list((tmp_path / "mill").glob("runs/*/round-01"))
+
+
+def test_files_to_compare_with_are_part_of_the_recipe(tmp_path: Path) -> None:
+    from factory.recipe import load_recipe
+
+    (tmp_path / "seeds.jsonl").write_text('{"text": "One."}\n')
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "old {name}"}}\n')
+
+    def read(against: str) -> Any:
+        (tmp_path / "recipe.yaml").write_text(COMPARED.replace("NEAR", f"{{against: {against}}}"))
+        return load_recipe(tmp_path)
+
+    one, both = read("a.jsonl"), read("[a.jsonl, b.jsonl]")
+    assert both.stages[2].stage.against == ((tmp_path / "a.jsonl").resolve(), (tmp_path / "b.jsonl").resolve())
+    assert one.digest == read("[a.jsonl]").digest != both.digest
+    (tmp_path / "b.jsonl").write_text('{"text": "another"}\n')
+    assert read("[a.jsonl, b.jsonl]").digest != both.digest
+    with pytest.raises(GristmillError, match=r"there is no file.*c\.jsonl"):
+        read("[a.jsonl, c.jsonl]")

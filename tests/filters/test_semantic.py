@@ -1,5 +1,7 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -7,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from factory.store import samples_frame
-from filters.semantic import BLOCK, Semantic, calibrate, settle
+from filters.semantic import Semantic, calibrate, opposites
 from schemas.sample import Message, Provenance, Sample
 from tests.context import FakeContext, chat, frame
 
@@ -23,43 +25,15 @@ def _unlabelled(text: str) -> Sample:
     return Sample(messages=(Message(role="user", content=text),), provenance=Provenance(origin="made", generator="test"))
 
 
-def _greedy(vectors: NDArray[np.float32], new: NDArray[np.bool_], threshold: float) -> list[bool]:
-    """The rule, a row at a time."""
-    stay: list[int] = []
-    for row, vector in enumerate(vectors):
-        if not new[row] or not stay or (vectors[stay] @ vector).max() < threshold:
-            stay.append(row)
-    return [row in set(stay) for row in range(len(vectors))]
+class OneVector(FakeContext):
+    """A context in which all texts have the same vector: what is kept apart is so by words alone."""
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return np.tile(np.eye(1, 8, dtype=np.float32), (len(texts), 1))
 
 
-def _unit(count: int, seed: int) -> NDArray[np.float32]:
-    vectors = np.random.default_rng(seed).standard_normal((count, 6)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-@pytest.mark.parametrize("kept", [0, 40])
-def test_settling_by_blocks_is_settling_row_by_row(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("filters.semantic.BLOCK", 64)
-    monkeypatch.setattr("filters.semantic.COLUMNS", 50)
-    vectors = _unit(500, seed=3)
-    new = np.arange(500) >= kept
-    stay, twin, likeness = settle(vectors, new, 0.8)
-    assert stay.tolist() == _greedy(vectors, new, 0.8)
-    assert 50 < stay.sum() < 450
-    for row in range(max(kept, 1), 500):
-        cosines = np.where(stay[:row], vectors[:row] @ vectors[row], -np.inf)
-        assert likeness[row] == pytest.approx(cosines.max(), abs=1e-5)
-        assert cosines[twin[row]] == pytest.approx(cosines.max(), abs=1e-5)
-        assert stay[row] == (likeness[row] < 0.8)
-    if not kept:
-        assert twin[0] == -1
-        assert np.isnan(likeness[0])
-
-
-def test_one_block_holds_more_than_a_small_round() -> None:
-    vectors = _unit(BLOCK + 10, seed=4)
-    stay, _, _ = settle(vectors, np.ones(len(vectors), np.bool_), 0.9)
-    assert stay.tolist() == _greedy(vectors, np.ones(len(vectors), np.bool_), 0.9)
+def _are_one(one: str, other: str, **fields: Any) -> bool:
+    return not Semantic(**fields).judge(frame(chat(one, "a"), chat(other, "a")), OneVector())["keep"].all()
 
 
 def test_the_same_in_other_words_goes_and_a_like_subject_stays() -> None:
@@ -77,9 +51,88 @@ def test_the_same_in_other_words_goes_and_a_like_subject_stays() -> None:
 
 
 def test_rows_of_other_labels_are_not_compared_unless_asked() -> None:
-    new = frame(chat("I lost my card yesterday", "lost"), chat("I found my card yesterday", "found"))
+    new = frame(chat("I lost my card yesterday", "lost"), chat("Yesterday I lost my card", "stolen"))
     assert Semantic(threshold=0.8).judge(new, FakeContext())["keep"].all()
     assert Semantic(threshold=0.8, same_label=False).judge(new, FakeContext())["keep"].sum() == 1
+
+
+def test_opposites_are_not_compared_unless_asked() -> None:
+    new = frame(chat("I lost my card yesterday", "card"), chat("I found my card yesterday", "card"))
+    assert Semantic(threshold=0.8).judge(new, FakeContext())["keep"].all()
+    assert Semantic(threshold=0.8, negation=False).judge(new, FakeContext())["keep"].sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("I lost my card", "I found my card"),
+        ("Losing a card", "Finding a card"),
+        ("My payment was accepted.", "My payment was declined."),
+        ("My payment was accepted.", "My payment was rejected."),
+        ("Turn the alerts ON", "Turn the alerts off!"),
+        ("How do I enable alerts?", "How do I disable alerts?"),
+        ("How do I send money?", "How do I receive money?"),
+        ("Why is it up?", "Why is it down?"),
+        ("I paid before the trip", "I paid after the trip"),
+        ("It costs more", "It costs less"),
+        ("A transfer from my savings", "A transfer to my savings"),
+        ("This shop is supported", "This shop is unsupported"),
+        ("It works", "It doesn't work"),
+        ("It works", "It doesn’t work"),
+        ("It works", "It doesnt work"),
+        ("I can log in", "I cannot log in"),
+        ("I can log in", "I am unable to log in"),
+        ("A transfer with a fee", "A transfer without a fee"),
+        ("I was always charged", "I was never charged"),
+    ],
+)
+def test_denials_and_opposites_stay_apart(one: str, other: str) -> None:
+    assert not _are_one(one, other)
+    assert _are_one(one, other, negation=False)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("I can't log in", "I cannot log in"),
+        ("I can't log in", "I'm unable to log in"),
+        ("There is no fee", "It is without a fee"),
+        ("Why did it fail?", "I don't know why it failed"),
+        ("Why is it pending?", "I can't figure out why it is pending."),
+        ("Turn it on and off again", "Turn it off"),  # who says both says neither
+        ("I want to go to a shop", "I go want a shop"),
+        ("Knot the rope", "Note the rope"),  # "not" is in them, and no word
+        ("The onset", "The offset"),
+    ],
+)
+def test_what_says_the_same_is_compared(one: str, other: str) -> None:
+    assert _are_one(one, other)
+
+
+def test_a_text_is_on_one_side_of_each_pair_of_opposites() -> None:
+    sides = opposites(pl.Series(["i bought it", "i sold it", "bought and sold", "on", "", "on a whim, bought"]))
+    assert (sides[0] == sides[1][::-1]).all() and sides[0].any()
+    assert not sides[[2, 4]].any()
+    assert sides[5].tolist() == (sides[0] | sides[3]).tolist()
+
+
+def test_the_report_shows_the_groups_and_the_pairs_nearest_to_the_cut() -> None:
+    seeds, ctx = _seeds(), FakeContext()
+    given = Semantic(threshold=0.7, same_label=False).judge(seeds, ctx)
+    above, below = (ctx.reports["nearest_the_cut"][side] for side in ("above", "below"))
+    assert len(above) == len(below) == 5
+    assert [row["likeness"] for row in above] == sorted(row["likeness"] for row in above)
+    assert all(row["likeness"] >= 0.7 for row in above) and all(row["likeness"] < 0.7 for row in below)
+    rejected = set(given.filter(~pl.col("keep"))["sample"])
+    assert {row["sample"] for row in above} <= rejected and not {row["sample"] for row in below} & rejected
+    assert ctx.reports["groups"]["count"] == len(given.filter(~pl.col("keep")).unique("detail"))
+
+
+def test_either_way_of_comparing_gives_the_same_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factory.cosine._Hashed.is_slower", lambda _, mode, *__: mode == "exact")
+    one, other = (Semantic(threshold=0.75, mode=mode).judge(_seeds(), FakeContext()) for mode in ("exact", "fast"))
+    assert one["keep"].to_list() == other["keep"].to_list()
+    assert 0 < one["keep"].sum() < 40
 
 
 def test_rows_of_other_numbers_are_not_compared_unless_asked() -> None:
@@ -120,7 +173,10 @@ def test_a_threshold_from_the_seeds_lets_most_of_them_stand_apart() -> None:
     assert 0.85 < report["chosen"] < 0.95
     assert report["chosen"] == report["closest"]["q95"] > report["unrelated"]["q999"]
     among_seeds = Semantic(threshold=report["chosen"]).judge(seeds, FakeContext())
-    assert 36 <= among_seeds["keep"].sum() <= 39
+    assert 36 <= among_seeds["keep"].sum() <= 40
+    assert report["false_merges"] <= 0.001
+    assert report["seeds_merged"] in (2, 3, 4)
+    assert len(report["closest_pairs"]) == 5 and report["closest_pairs"][0]["likeness"] == report["closest"]["max"]
 
 
 def test_the_threshold_stays_within_reason() -> None:
@@ -129,6 +185,8 @@ def test_the_threshold_stays_within_reason() -> None:
     assert calibrate(np.tile(np.eye(1, 4, dtype=np.float32), (20, 1)), labels)[0] == 0.98
     assert calibrate(np.eye(20, dtype=np.float32), pl.Series([None] * 20, dtype=pl.String))[0] == 0.85
     assert calibrate(np.eye(5, dtype=np.float32), labels[:5]) == (0.95, {"seeds": 5})
+    apart = ~np.eye(20, dtype=np.bool_)
+    assert calibrate(np.tile(np.eye(1, 4, dtype=np.float32), (20, 1)), labels, apart)[0] == 0.85  # never compared: no evidence
 
 
 def test_no_rows() -> None:

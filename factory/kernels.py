@@ -1,0 +1,55 @@
+"""Loops that Python is too slow for, compiled by numba at their first use and kept on disk, so that each machine compiles once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, get_args
+
+from factory.errors import GristmillError
+
+Kernel = Callable[..., Any]  # numba infers the types, and holds arguments to them
+
+try:
+    from numba import njit
+except ImportError:  # it is said when a kernel is called, not when a module is imported
+    njit = None  # type: ignore[assignment]
+
+
+def kernel(function: Kernel) -> Kernel:
+    """Compile `function` when it is first called; it lets go of Python's lock while it runs. GristmillError where numba is missing."""
+    if njit is not None:
+        compiled: Kernel = njit(cache=True, nogil=True, error_model="numpy")(function)
+        return compiled
+
+    @wraps(function)
+    def missing(*_: Any, **__: Any) -> Any:
+        raise GristmillError(
+            "comparing and counting texts needs the package numba, which is not installed (or not for this Python)",
+            where=f"{function.__module__}.{function.__qualname__}",
+            next="Install it with: pip install numba",
+        )
+
+    return missing
+
+
+def compile_all() -> None:
+    """Compile every kernel of duplicates and diversity, so that no run waits for it; a moment where that has been done."""
+    import numpy as np
+    import polars as pl
+
+    from factory import cosine, jaccard
+    from factory.diversity import diversity
+
+    texts = pl.Series([f"the same thing again and again, number {n} ʼn" for n in (1, 1, 2, 3)])
+    new = np.ones(len(texts), np.bool_)
+    for shingle in get_args(jaccard.Unit):
+        for mode in get_args(jaccard.Mode):
+            jaccard.settle(texts, new, 0.8, shingle=shingle, mode=mode)
+    vectors = np.eye(len(texts), 8, dtype=np.float32)
+    cosine.settle(vectors, new, 0.9, mode="fast")
+    diversity(texts.to_list(), vectors)
+
+
+if __name__ == "__main__":
+    compile_all()
