@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -184,11 +185,18 @@ def test_a_probe_that_is_interrupted_keeps_what_was_answered(tmp_path: Path, ser
     mine, home = recipe(tmp_path, server), tmp_path / "mill"
     main = threading.main_thread().ident
     assert main is not None
-    timer = threading.Timer(0.45, lambda: signal.pthread_kill(main, signal.SIGINT))
-    timer.start()
+
+    def interrupt() -> None:
+        """In the middle, however fast the machine is."""
+        while not server.answered:
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
     with pytest.raises(KeyboardInterrupt):
         make_plan(mine, home, asking=30)
-    timer.join()
+    watcher.join()
     assert 0 < server.answered.total() < 30
     server.latency_s = 0
     make_plan(mine, home, asking=30)
