@@ -166,8 +166,9 @@ class _Job:
         n = len(self.texts)
         counters = np.zeros(COUNTERS, np.uint32)
         _count(*self.texts, *self.cut, np.unique(np.linspace(0, max(n - 1, 0), min(n, COUNTED)).astype(np.int64)), counters)
+        ranks = np.ceil(np.log2(counters + 1.0)).astype(np.uint8)  # the order of magnitude is enough, and stays near the processor
         counts = np.zeros(n + 1, np.int64)
-        parts = self._in_threads(lambda first, last: _prefixes(*self.texts, *self.cut, first, last, self.threshold, counters, counts))
+        parts = self._in_threads(lambda first, last: _prefixes(*self.texts, *self.cut, first, last, self.threshold, ranks, counts))
         return np.concatenate([np.zeros(0, np.uint64), *parts]), np.cumsum(counts)
 
     def _in_threads(self, work: Callable[[int, int], Any]) -> list[Any]:
@@ -363,7 +364,7 @@ def _prefixes(
     first: int,
     last: int,
     threshold: float,
-    counters: Any,
+    ranks: Any,
     counts: Any,
 ) -> Any:
     """The rarest shingles of each text, one text's after the other's; `counts` gets how many, a place further on.
@@ -373,7 +374,7 @@ def _prefixes(
     units, found = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
     room = _room(longest)
     slots, stamps = np.empty(room, np.uint64), np.zeros(room, np.int64)
-    mask = np.uint64(counters.shape[0] - 1)
+    mask = np.uint64(ranks.shape[0] - 1)
     keys, used = np.empty(1 << 16, np.uint64), 0
     for i in range(first, last):
         count = _shingles_of(data, offsets, i, by_words, size, power, classes, lower, units, found)
@@ -381,11 +382,7 @@ def _prefixes(
             continue
         count = _distinct(found, count, slots, stamps, i - first + 1, units)
         for j in range(count):
-            common, times = np.uint64(0), counters[units[j] & mask]
-            while times:  # how many bits it has is enough
-                common += np.uint64(1)
-                times >>= np.uint32(1)
-            units[j] = common << np.uint64(56) | units[j] >> np.uint64(8)
+            units[j] = np.uint64(ranks[units[j] & mask]) << np.uint64(56) | units[j] >> np.uint64(8)
         wanted = _needed(count, threshold)
         low, high = 0, count - 1
         while low < high:  # quickselect (Hoare 1961): the first `wanted` come to the front
