@@ -1,12 +1,12 @@
 """Vectors that point the same way: pairs by their cosine, every one of them verified, and which row of such a pair stays.
 
 exact: every pair is compared, a block of a matrix product at a time. Where only pairs are asked for, a bound comes first: the product
-    of the leading principal components and that of the lengths of the rest (Cauchy and Schwarz), a sixth of the work.
+    of the leading principal components and that of the lengths of the rest (Cauchy and Schwarz), less than half the work.
 fast: signed random projections (Charikar, "Similarity estimation techniques from rounding algorithms", 2002). Two vectors at an
     angle a lie on the same side of a random plane with a probability of 1 - a / pi. Rows that lie on the same side of all planes of
     one of several tables meet; those that also agree in most of the planes of all tables are compared. So nothing that is found is
     below the threshold; a pair at the threshold is missed with a probability of at most 1 - `recall`, a closer one less often.
-    The planes are rows of a product of Hadamard matrices and random signs, which costs a tenth of a product with random planes
+    The planes are rows of a product of Hadamard matrices and random signs, which costs a third of a product with random planes
     (Andoni et al., "Practical and optimal LSH for angular distance", 2015).
 
 Vectors are float32, shape (n, d), of length 1, or zero: those stand for blank texts and are nobody's twins. Nothing is ever n by n.
@@ -34,7 +34,7 @@ Mode = Literal["auto", "exact", "fast"]
 RECALL = 0.999
 ROWS, COLUMNS = 1024, 4096  # of a block of cosines
 AUTO_PAIRS = 200_000_000  # `auto` is exact up to so many pairs: those of 20,000 rows, three seconds of one core
-AUTO_NEW = 1000  # ... or up to so many new rows: to compare each with a million costs less than to hash the million
+AUTO_NEW = 1000  # ... or up to so many new rows: each costs a hundredth of a second where a million are kept
 BELOW = 0.02  # how far below the threshold `fast` still tells the likeness of a row, if it happens to meet one
 
 SKETCH = 256  # sides by which pairs that meet are sifted, and twice as many by which they are sifted again
@@ -144,12 +144,11 @@ def settle(
     arrivals = np.bincount(group, new, len(sizes)).astype(np.int64)
     rows = np.flatnonzero(np.einsum("ij,ij->i", vectors, vectors))
     hashed = _Hashed(vectors, rows, threshold, recall, keys, sides)
-    if hashed.is_slower(mode, int((arrivals * (sizes - arrivals // 2)).sum()), int(new.sum())):
-        for within in _bundles(group[rows], new[rows]):
-            at = rows[within]
-            of = vectors if len(at) == n else vectors[at]
-            stay[at], best, likeness[at] = _settle_exactly(of, new[at], threshold, keys[at], sides[at])
-            twin[at] = np.where(best < 0, -1, at[best])
+    # Small groups are compared in blocks, with each other in vain.
+    compared = max(int((arrivals * (sizes - arrivals // 2)).sum()), int(new.sum()) * min(n, ROWS) // 2)
+    if hashed.is_slower(mode, compared, int(new.sum())):
+        for bundle in _bundles(group[rows], new[rows]):
+            _settle_exactly(vectors, rows[bundle], new, threshold, keys, sides, stay, twin, likeness)
         return stay, twin, likeness
     first = _firsts(vectors, keys, sides)
     rows = np.flatnonzero(first == np.arange(n))
@@ -177,13 +176,16 @@ def choose(threshold: float, recall: float, n: int, alike: NDArray[np.floating[A
     for bits in range(4, 25):
         count = math.ceil(math.log(miss) / math.log1p(-(agree**bits)))
         tables = Tables(bits, count, *sketch_cuts, 0, 0.0)
+        if best is not None and tables.words > MOST_WORDS:
+            break
         cut = _most_that_differ(64 * tables.words, agree, miss)
         meet = sides**bits
         met = count * meet * (MEET_NS + sifted * AGAIN_NS)
         met += ((1 - sides) * 64 * tables.words <= cut) * (1 - (1 - meet) ** count) * COMPARE_NS
         row_ns = -(-tables.words * 64 // size) * size * SIDE_NS + count * (LOOK_NS + (1 << bits) / max(n, 1))
-        tables = tables._replace(cut=cut, row_ns=row_ns + n / 2 * same * float(met.mean()))
-        if best is None or (tables.row_ns < best.row_ns and tables.words <= MOST_WORDS):
+        row_ns += n / 2 * (same * float(met.mean()) + (1 - same) * count * MEET_NS / (1 << bits))  # of other keys: by chance
+        tables = tables._replace(cut=cut, row_ns=row_ns)
+        if best is None or tables.row_ns < best.row_ns:
             best = tables
     assert best is not None
     return best
@@ -223,7 +225,7 @@ class _Hashed:
 
     def is_slower(self, mode: Mode, compared: int, new: int) -> bool:
         """Whether the rows are to be compared exactly: as asked for, or as so many pairs (of so many new rows) are no more work."""
-        if mode == "exact" or (mode == "auto" and (compared <= AUTO_PAIRS or new <= AUTO_NEW)):
+        if _exactly(mode, compared, new):
             return True
         return bool(len(self.vectors) * self.tables.row_ns > compared * (1 + self.vectors.shape[1] * PRODUCT_NS))
 
@@ -270,6 +272,10 @@ class _Hashed:
         return found
 
 
+def _exactly(mode: Mode, compared: int, new: int) -> bool:
+    return mode == "exact" or (mode == "auto" and (compared <= AUTO_PAIRS or new <= AUTO_NEW))
+
+
 def _sorted(found: list[Pairs]) -> Pairs:
     found = [Pairs(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0)), *found]
     earlier, later, likeness = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -279,6 +285,8 @@ def _sorted(found: list[Pairs]) -> Pairs:
 
 def _across(vectors: Vectors, others: Vectors, threshold: float, mode: Mode, recall: float) -> list[Pairs]:
     n = len(vectors)
+    if _exactly(mode, n * len(others), min(n, len(others))):
+        return list(_all_pairs(vectors, others, threshold))
     both = np.concatenate([vectors, others])
     rows = np.flatnonzero(np.einsum("ij,ij->i", both, both))
     hashed = _Hashed(both, rows, threshold, recall)
@@ -361,55 +369,60 @@ def _bundles(group: Rows, new: NDArray[np.bool_]) -> Iterator[Rows]:
 
 
 def _settle_exactly(
-    vectors: Vectors, new: NDArray[np.bool_], threshold: float, keys: NDArray[np.int32], sides: NDArray[np.uint64]
-) -> tuple[NDArray[np.bool_], Rows, Likeness]:
-    """`settle`, block by block: what stays of the earlier rows decides first, then the block within itself."""
-    n = len(vectors)
-    kept = n - int(new.sum())
-    stay, twin, likeness = np.ones(n, np.bool_), np.full(n, -1), np.full(n, np.nan)
-    pool = np.empty((n - kept, vectors.shape[1]), np.float32)  # pool[:held]: the new vectors that stay so far
-    places, held = np.empty(n - kept, np.intp), 0  # their rows
+    vectors: Vectors,
+    rows: Rows,
+    new: NDArray[np.bool_],
+    threshold: float,
+    keys: NDArray[np.int32],
+    sides: NDArray[np.uint64],
+    stay: NDArray[np.bool_],
+    twin: Rows,
+    likeness: Likeness,
+) -> None:
+    """`settle` for `rows`, a block at a time; writes to `stay`, `twin` and `likeness`.
 
-    for start in range(kept, n, ROWS):
-        rows = np.arange(start, min(start + ROWS, n))
-        block = vectors[rows]
-        best, at = np.full(len(rows), -np.inf, np.float32), np.full(len(rows), -1)
-        for others, of in ((vectors[:kept], np.arange(kept)), (pool[:held], places[:held])):
-            for left in range(0, len(of), COLUMNS):
-                columns = of[left : left + COLUMNS]
-                cosines = block @ others[left : left + COLUMNS].T
-                _keep_apart(cosines, rows, columns, keys, sides)
-                column = cosines.argmax(axis=1)
-                cosine = cosines[np.arange(len(rows)), column]
-                better = cosine > best
-                best[better], at[better] = cosine[better], columns[column[better]]
+    What stays of the earlier rows decides first, then the block within itself.
+    """
+    waiting, standing = rows[new[rows]], rows[~new[rows]]
+    not_before = np.triu(np.ones((min(ROWS, len(waiting)),) * 2, np.bool_))
+    for start in range(0, len(waiting), ROWS):
+        some = waiting[start : start + ROWS]
+        block = vectors[some]
+        best, nearest_to = np.full(len(some), -np.inf, np.float32), np.full(len(some), -1)
+        for left in range(0, len(standing), COLUMNS):
+            columns = standing[left : left + COLUMNS]
+            cosines = block @ vectors[columns].T
+            _keep_apart(cosines, some, columns, keys, sides)
+            _note(cosines, columns, best, nearest_to)
         inside = block @ block.T
-        _keep_apart(inside, rows, rows, keys, sides)
-        inside[np.triu_indices(len(rows))] = -np.inf
-        open_ = best < threshold
-        later, earlier = np.nonzero((inside >= threshold) & open_[:, None] & open_[None, :])
-        stay_here = open_ & stays(Pairs(earlier, later, inside[later, earlier].astype(np.float64)), np.ones(len(rows), np.bool_))
-        inside[:, ~stay_here] = -np.inf
-        column = inside.argmax(axis=1)
-        cosine = inside[np.arange(len(rows)), column]
-        better = cosine > best
-        best[better], at[better] = cosine[better], rows[column[better]]
-        stay[rows], twin[rows], likeness[rows] = stay_here, at, np.where(at < 0, np.nan, np.minimum(best, 1.0))
-        staying = int(stay_here.sum())
-        pool[held : held + staying], places[held : held + staying] = block[stay_here], rows[stay_here]
-        held += staying
-    return stay, twin, likeness
+        _keep_apart(inside, some, some, keys, sides)
+        np.copyto(inside, -np.inf, where=not_before[: len(some), : len(some)])
+        left_open = best < threshold
+        later, earlier = np.divmod(np.flatnonzero(inside >= threshold), len(some))
+        both_open = Pairs(earlier, later, inside[later, earlier].astype(np.float64)).where(left_open[earlier] & left_open[later])
+        staying = left_open & stays(both_open, np.ones(len(some), np.bool_))
+        inside[:, ~staying] = -np.inf
+        _note(inside, some, best, nearest_to)
+        stay[some], twin[some], likeness[some] = staying, nearest_to, np.where(nearest_to < 0, np.nan, np.minimum(best, 1.0))
+        standing = np.concatenate([standing, some[staying]])
+
+
+def _note(cosines: Vectors, columns: Rows, best: Vectors, nearest_to: Rows) -> None:
+    """Write to `best` and `nearest_to` where a column is nearer than what stands there, the first of equals."""
+    column = cosines.argmax(axis=1)
+    cosine = cosines[np.arange(len(cosines)), column]
+    better = cosine > best
+    best[better], nearest_to[better] = cosine[better], columns[column[better]]
 
 
 def _keep_apart(cosines: Vectors, rows: Rows, columns: Rows, keys: NDArray[np.int32], sides: NDArray[np.uint64]) -> None:
     """Set the cosines of what is not to be compared to -inf."""
     of_rows, of_columns = keys[rows], keys[columns]
     if of_rows.min() != of_rows.max() or of_columns.min() != of_columns.max():
-        cosines[of_rows[:, None] != of_columns[None, :]] = -np.inf
+        np.copyto(cosines, -np.inf, where=of_rows[:, None] != of_columns[None, :])
     for one, other in ((0, 1), (1, 0)):
         taking, other_taking = np.flatnonzero(sides[rows, one]), np.flatnonzero(sides[columns, other])
-        across = sides[rows[taking], one][:, None] & sides[columns[other_taking], other][None, :]
-        i, j = np.nonzero(across)
+        i, j = np.nonzero(sides[rows[taking], one][:, None] & sides[columns[other_taking], other][None, :])
         cosines[taking[i], other_taking[j]] = -np.inf
 
 
