@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from factory.kernels import kernel
-from factory.pairs import Pairs, Rows, nearest, stays
+from factory.pairs import Pairs, Rows, complete, nearest, stays, with_copies
 
 Vectors = NDArray[np.float32]
 Likeness = NDArray[np.float64]
@@ -42,11 +42,12 @@ LANES = 8  # rows that are projected at once, one beside the other
 SIZE = 512  # of a Hadamard matrix for 384 dimensions
 SMALLEST = 64  # dimensions that a projection has at least, for its planes to be random enough
 FIRST_CHUNK = 1024
+WORKERS = min(os.cpu_count() or 1, 4)  # each has shelves of its own, 80 bytes a row
 MOST_WORDS = 64
 SAMPLE = 400  # rows whose cosines say how often unrelated ones will meet
 # Nanoseconds on one core, for the choice of bits: a side of a row, a row in a table, two rows that meet, that meet again though
 # they are alike, that are compared; and a number of a product of matrices.
-SIDE_NS, LOOK_NS, MEET_NS, AGAIN_NS, COMPARE_NS, PRODUCT_NS = 3.2, 30.0, 2.0, 20.0, 250.0, 0.03
+SIDE_NS, LOOK_NS, MEET_NS, AGAIN_NS, COMPARE_NS, PRODUCT_NS = 3.2, 40.0, 2.0, 20.0, 250.0, 0.03
 LEADING = 6  # a d-th part of so many components is computed first, where it rules out enough
 SLACK = 1e-6  # float32 rounds: a threshold of 1 means as good as equal, and a bound has to stay one
 _SEED = 20
@@ -161,15 +162,46 @@ def settle(
     return stay, twin, likeness
 
 
+def settle_complete(
+    vectors: Vectors,
+    new: NDArray[np.bool_],
+    threshold: float,
+    *,
+    keys: NDArray[np.int32],
+    sides: NDArray[np.uint64],
+    mode: Mode = "auto",
+    recall: float = RECALL,
+) -> tuple[NDArray[np.bool_], Rows, Likeness]:
+    """As `settle`, by complete link: a row is rejected only where it is alike to every row of a group (`factory.pairs.complete`).
+
+    Rows of equal vectors and keys are taken to be of equal `sides`.
+    """
+    n = len(vectors)
+    stay, twin, likeness = np.ones(n, np.bool_), np.full(n, -1), np.full(n, np.nan)
+    order = np.argsort(keys, kind="stable")
+    for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):  # a loop over keys, each with its rows in order
+        if len(group) < 2 or not new[group].any():
+            continue
+        first = _firsts(vectors[group])
+        first = np.where(first < 0, np.arange(len(group)), first)
+        firsts = group[first == np.arange(len(group))]
+        found = pairs(vectors[firsts], threshold, mode=mode, recall=recall)
+        one, other = sides[firsts[found.earlier]], sides[firsts[found.later]]
+        apart = ((one[:, 0] & other[:, 1]) | (one[:, 1] & other[:, 0])) != 0
+        stay[group], best, likeness[group] = with_copies(first, new[group], complete(found.where(~apart), new[firsts]))
+        twin[group] = np.where(best < 0, -1, group[best])
+    return stay, twin, likeness
+
+
 def choose(threshold: float, recall: float, n: int, alike: NDArray[np.floating[Any]], same: float = 1.0, size: int = SIZE) -> Tables:
     """The tables that cost least among those that find a pair at `threshold` with a probability of `recall`.
 
     `alike` are cosines of pairs drawn at random, `same` is the share of all pairs that they stand for, `size` the number of planes
-    that come at once. More bits make fewer unrelated rows meet, and need more tables. A quarter of what may be missed is missed by
-    the tables, the rest by the three cuts.
+    that come at once. More bits make fewer unrelated rows meet, and need more tables. Half of what may be missed is missed by the
+    tables, the rest by the three cuts.
     """
-    agree, miss = 1 - math.acos(threshold) / math.pi, (1 - recall) / 4
-    sketch_cuts = _most_that_differ(SKETCH, agree, miss), _most_that_differ(2 * SKETCH, agree, miss)
+    agree, miss = 1 - math.acos(threshold) / math.pi, (1 - recall) / 2
+    sketch_cuts = _most_that_differ(SKETCH, agree, miss / 3), _most_that_differ(2 * SKETCH, agree, miss / 3)
     sides = 1 - np.arccos(np.clip(alike, -1, 1)) / np.pi if len(alike) else np.zeros(1)
     sifted = (1 - sides) * 2 * SKETCH <= sketch_cuts[1]
     best: Tables | None = None
@@ -178,7 +210,7 @@ def choose(threshold: float, recall: float, n: int, alike: NDArray[np.floating[A
         tables = Tables(bits, count, *sketch_cuts, 0, 0.0)
         if best is not None and tables.words > MOST_WORDS:
             break
-        cut = _most_that_differ(64 * tables.words, agree, miss)
+        cut = _most_that_differ(64 * tables.words, agree, miss / 3)
         meet = sides**bits
         met = count * meet * (MEET_NS + sifted * AGAIN_NS)
         met += ((1 - sides) * 64 * tables.words <= cut) * (1 - (1 - meet) ** count) * COMPARE_NS
@@ -246,29 +278,32 @@ class _Hashed:
         With `split` only those of a row before it and a row from it on; with `parent` they are united there, and none is given.
         """
         words, few = self.words, rows.astype(np.int32)  # once, before there are threads
-        with ThreadPoolExecutor(os.cpu_count() if parent is None else 1) as pool:
-            parts = pool.map(lambda table: self._meet(words, table, few, floor, split, parent), range(self.tables.tables))
-            found = [part for of_table in parts for part in of_table]
+        workers = WORKERS if parent is None else 1
+        with ThreadPoolExecutor(workers) as pool:
+            parts = pool.map(lambda first: self._meet(words, first, workers, few, floor, split, parent), range(workers))
+            found = [part for of_worker in parts for part in of_worker]
         earlier, later, cosine = (np.concatenate([part[column] for part in found] or [np.empty(0)]) for column in range(3))
         return Pairs(earlier.astype(np.intp), later.astype(np.intp), np.minimum(cosine.astype(np.float64), 1.0))
 
     def _meet(
-        self, words: NDArray[np.uint64], table: int, rows: NDArray[np.int32], floor: float, split: int, parent: Rows | None
+        self, words: NDArray[np.uint64], first: int, workers: int, rows: NDArray[np.int32], floor: float, split: int, parent: Rows | None
     ) -> list[tuple[NDArray[Any], ...]]:
-        n = len(rows)
-        starts = np.zeros((1 << self.tables.bits) + 2, np.int32)
+        """The pairs in one worker's share of the tables."""
+        n, bits = len(rows), self.tables.bits
+        starts = np.empty((1 << bits) + 2, np.int32)
         order, shelved = np.empty(n, np.int32), np.empty((n, 2 * SKETCH // 64), np.uint64)
-        _shelve(words, self.keys, self.tables.bits, table, rows, starts, order, shelved)
         room = 0 if parent is not None else n + COLUMNS  # at the least, all whom one row meets
         earlier, later, cosine = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
         united = np.empty(0, np.intp) if parent is None else parent
-        shelves = (order, starts, shelved, words, self.keys, self.sides, self.tables.bits, table, *self.tables[2:5])
-        at = 0
         found: list[tuple[NDArray[Any], ...]] = []
-        while at < n:
-            at, count = _compare(at, *shelves, self.vectors, floor, split, united, earlier, later, cosine)
-            if count:
-                found.append((earlier[:count].copy(), later[:count].copy(), cosine[:count].copy()))
+        for table in range(first, self.tables.tables, workers):
+            _shelve(words, self.keys, bits, table, rows, starts, order, shelved)
+            shelves = (order, starts, shelved, words, self.keys, self.sides, bits, table, *self.tables[2:5])
+            at = 0
+            while at < n:
+                at, count = _compare(at, *shelves, self.vectors, floor, split, united, earlier, later, cosine)
+                if count:
+                    found.append((earlier[:count].copy(), later[:count].copy(), cosine[:count].copy()))
         return found
 
 
@@ -583,6 +618,7 @@ def _shelf(words: Any, keys: Any, row: int, bits: int, table: int) -> Any:
 @kernel
 def _shelve(words: Any, keys: Any, bits: int, table: int, rows: Any, starts: Any, order: Any, shelved: Any) -> None:
     """Counting sort: `order` are the rows by shelf and row, shelf s is order[starts[s] : starts[s + 1]], `shelved` their sketches."""
+    starts[:] = 0
     for row in rows:
         starts[_shelf(words, keys, row, bits, table) + 2] += 1
     for shelf in range(starts.shape[0] - 1):

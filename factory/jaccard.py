@@ -24,7 +24,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from factory.kernels import kernel
-from factory.pairs import Pairs, Rows, complete
+from factory.pairs import Pairs, Rows, complete, with_copies
 from factory.words import character_at, flat, mix, tables, words_of
 
 Unit = Literal["chars", "words"]
@@ -94,18 +94,11 @@ def settle_complete(
     mode: Mode = "minhash",
 ) -> tuple[NDArray[np.bool_], Rows, Likeness]:
     """As `settle`, by complete link: a row is rejected only where it is alike to every row of a group (`factory.pairs.complete`)."""
-    frame = pl.DataFrame({"text": texts, "new": new}).with_row_index("row")
-    first = frame.select(pl.col("row").first().over("text")).to_series().to_numpy().astype(np.intp)
+    own = pl.when(pl.col("text").str.strip_chars() == "").then("row").otherwise(pl.col("row").first().over("text"))  # no blank is a copy
+    first = pl.DataFrame({"text": texts}).with_row_index("row").select(own).to_series().to_numpy().astype(np.intp)
     firsts = np.flatnonzero(first == np.arange(len(first)))  # copies share their fate, and would make the square of their pairs
     found = pairs(texts.gather(firsts), threshold, shingle=shingle, size=size, recall=recall, mode=mode)
-    stay, twin, likeness = complete(found, new[firsts])
-    place = np.zeros(len(first), np.intp)
-    place[firsts] = np.arange(len(firsts))
-    at = place[first]
-    copy = (first != np.arange(len(first))) & (texts.str.strip_chars() != "").to_numpy()
-    of_stayer = copy & stay[at]
-    twins = np.where(of_stayer, first, np.where(twin[at] < 0, -1, firsts[twin[at]]))
-    return (~copy & stay[at]) | ~new, twins, np.where(of_stayer, 1.0, likeness[at])
+    return with_copies(first, new, complete(found, new[firsts]))
 
 
 def choose_bands(threshold: float, recall: float, alike: Likeness, texts: int, shingles: float) -> Bands:

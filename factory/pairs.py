@@ -69,3 +69,20 @@ def complete(pairs: Pairs, new: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], R
             stay[row], twin[row], likeness[row] = False, best, alike[best]
             sizes[best] = sizes.get(best, 1) + 1
     return stay, twin, likeness
+
+
+def with_copies(
+    first: Rows, new: NDArray[np.bool_], fates: tuple[NDArray[np.bool_], Rows, NDArray[np.float64]]
+) -> tuple[NDArray[np.bool_], Rows, NDArray[np.float64]]:
+    """The fates of all rows, from those of the first of each kind: (stay, twin, likeness), each of shape (n,).
+
+    `first` is the first row that is the same as each row; `fates` are those of the first ones, in their order. A copy goes for its
+    first row, or for whatever that goes for; what is not `new` stays.
+    """
+    stay, twin, likeness = fates
+    firsts = np.flatnonzero(first == np.arange(len(first)))
+    at = np.searchsorted(firsts, first)
+    copy = first != np.arange(len(first))
+    of_stayer = copy & stay[at]
+    twins = np.where(of_stayer, first, np.where(twin[at] < 0, -1, firsts[twin[at]]))
+    return (~copy & stay[at]) | ~new, twins, np.where(of_stayer, 1.0, likeness[at])

@@ -13,7 +13,8 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field
 
-from factory.cosine import Mode, settle
+from factory.cosine import Mode, settle, settle_complete
+from factory.pairs import Link
 from factory.stage import Context, Vectors
 from filters.twins import Compared, groups, nearest_the_cut, plain, standing, text_of, verdicts
 
@@ -120,8 +121,8 @@ class Semantic(Compared):
 
     `threshold: auto` takes it from the seeds: see `calibrate`. `mode: exact` compares all pairs; `fast` misses one in a thousand of those
     just at the threshold, and fewer of closer ones; `auto` is exact up to about 20,000 rows, or 1,000 new ones. What is found is
-    never below the threshold. `score` is the highest cosine to a row that stands earlier and stays; by `fast` that is sure of
-    rejected rows only, and null where none was met.
+    never below the threshold. `link: complete` also asks that a row is as alike to all that were rejected for its twin. `score` is the
+    highest cosine to a row that stands earlier and stays; by `fast` and by `complete` that is sure of rejected rows only.
     """
 
     key: ClassVar[str] = "semantic"
@@ -129,6 +130,7 @@ class Semantic(Compared):
 
     threshold: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = FALLBACK
     mode: Mode = "auto"
+    link: Link = "star"
     same_label: bool = Field(True, description="only rows of the same label are compared")
     numbers: bool = Field(True, description="rows whose digits differ are not compared")
     negation: bool = Field(True, description="a row is not compared with one that denies what it says, or says an opposite (English)")
@@ -138,7 +140,8 @@ class Semantic(Compared):
         rows = standing(samples, ctx, self)
         vectors = ctx.embed(rows["compared"].to_list())
         keys, sides = self._apart(rows, ["label"] if self.same_label else [])
-        stay, twin, likeness = settle(vectors, rows["new"].to_numpy(), threshold, keys=keys, sides=sides, mode=self.mode)
+        decide = settle if self.link == "star" else settle_complete
+        stay, twin, likeness = decide(vectors, rows["new"].to_numpy(), threshold, keys=keys, sides=sides, mode=self.mode)
         ctx.progress(len(rows), len(rows))
         ctx.report("groups", groups(rows, stay, twin))
         ctx.report("nearest_the_cut", nearest_the_cut(rows, twin, likeness, threshold))

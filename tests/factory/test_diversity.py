@@ -325,18 +325,14 @@ def test_a_version_holds_the_figures_of_its_made_rows(tmp_path):
 # -- of anybody's files ----------------------------------------------------------------------------------------------------
 
 
+ASKED = [(a, b) for a in ("rain", "tax", "chess") for b in "xyz"]
+
+
 @pytest.fixture
 def files(tmp_path):
-    rows = {
-        "long.jsonl": [
-            {"instruction": f"Tell me of {a} and {b}.", "output": f"{b} it is."} for a in ("rain", "tax", "chess") for b in "xyz"
-        ],
-        "short.csv": [{"instruction": f"Say {word}.", "output": "No."} for word in ("tea", "sea", "bee")],
-    }
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows["long.jsonl"]))
-    (tmp_path / "short.csv").write_text(
-        "".join(f"{row[0]},{row[1]}\n" for row in [("instruction", "output"), *(tuple(r.values()) for r in rows["short.csv"])])
-    )
+    rows = [{"instruction": f"Tell me of {a} and {b}.", "output": f"{b} it is."} for a, b in ASKED]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "short.csv").write_text("instruction,output\nSay tea.,No.\nSay sea.,No.\nSay bee.,No.\n")
     (tmp_path / "texts.jsonl").write_text('{"text": "only a text"}\n')
     return tmp_path
 
@@ -350,7 +346,7 @@ def said(*args, code=0):
 def test_files_are_measured_side_by_side(files):
     names = long, short = [str(files / name) for name in ("long.jsonl", "short.csv")]
     found = json.loads(said(*names, "--no-vectors", "--json"))
-    texts = [f"Tell me of {a} and {b}.\n{b} it is." for a in ("rain", "tax", "chess") for b in "xyz"]
+    texts = [f"Tell me of {a} and {b}.\n{b} it is." for a, b in ASKED]
     assert list(found) == names
     assert found[long] == {"rows": 9, **diversity(texts)}
     assert found[short]["rows"] == 3

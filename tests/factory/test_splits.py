@@ -25,13 +25,26 @@ def groups_by_search(texts, vectors, threshold):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_groups_are_the_connected_components(seed, monkeypatch):
-    monkeypatch.setattr("factory.splits.BLOCK", 7)  # so that pairs of different blocks count too
+    monkeypatch.setattr("factory.cosine.ROWS", 7)  # so that pairs of different blocks count too
+    monkeypatch.setattr("factory.cosine.COLUMNS", 5)
     rng = np.random.default_rng(seed)
     vectors = unit(np.repeat(rng.normal(size=(20, 8)), 3, axis=0) + rng.normal(scale=0.25, size=(60, 8)))
     texts = [f"text {n % 50}" + "!" * (n // 50) for n in range(60)]  # the last ten say the same as the first, otherwise embedded
     found = near_groups(texts, vectors, 0.93)
     assert found.tolist() == groups_by_search(texts, vectors, 0.93 - 1e-3).tolist()
     assert 5 < len(set(found.tolist())) < 55
+
+
+def test_groups_of_many_texts_are_those_of_all_pairs(monkeypatch):
+    rng = np.random.default_rng(3)
+    vectors = unit(np.repeat(rng.normal(size=(400, 64)), 3, axis=0) + rng.normal(scale=0.25, size=(1200, 64)))
+    texts = [f"text {n}" for n in range(1200)]
+    found = near_groups(texts, vectors)
+    monkeypatch.setattr("factory.cosine._Hashed.is_slower", lambda *_: False)  # as if they were too many
+    assert near_groups(texts, vectors).tolist() == found.tolist()
+    assert 400 <= len(set(found.tolist())) < 1100
+    products = np.triu(vectors @ vectors.T, 1)
+    assert all(found[a] == found[b] for a, b in zip(*np.nonzero(products >= 0.9), strict=True))
 
 
 def test_a_chain_of_near_texts_is_one_group_whatever_its_length():
@@ -49,6 +62,7 @@ def test_equal_words_are_near_though_their_vectors_are_not():
 
 def test_nearest_finds_the_pair_across_blocks(monkeypatch):
     monkeypatch.setattr("factory.splits.BLOCK", 3)
+    monkeypatch.setattr("factory.splits.ACROSS", 2)
     rng = np.random.default_rng(1)
     a, b = unit(rng.normal(size=(10, 6))), unit(rng.normal(size=(5, 6)))
     a[8] = b[3]

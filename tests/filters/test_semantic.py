@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
+from factory.cosine import Mode, settle, settle_complete
 from factory.store import samples_frame
 from filters.semantic import Semantic, calibrate, opposites
 from schemas.sample import Message, Provenance, Sample
@@ -192,3 +194,46 @@ def test_the_threshold_stays_within_reason() -> None:
 def test_no_rows() -> None:
     assert Semantic(threshold="auto").judge(frame(), FakeContext()).is_empty()
     assert Semantic().judge(frame(), FakeContext(kept=_seeds())).is_empty()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_complete_link_puts_no_two_unlike_rows_into_a_group(seed: int, mode: Mode) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((300, 3)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    originals = rng.integers(0, 200, 30)
+    vectors[200:230] = vectors[originals]  # copies
+    vectors[40] = 0
+    keys, sides = rng.integers(0, 2, 300).astype(np.int32), np.zeros((300, 2), np.uint64)
+    sides[::7, 0], sides[::11, 1] = 1, 1
+    sides[::77] = 0  # who says both, says neither
+    sides[200:230] = sides[originals]  # equal vectors are of equal words
+    new = np.arange(300) >= 20
+    stay, twin, likeness = settle_complete(vectors, new, 0.9, keys=keys, sides=sides, mode=mode)
+    assert stay[:20].all() and stay[40]
+    assert 0 < (~stay).sum() < 280
+    for first in np.flatnonzero(stay):
+        group = [first, *np.flatnonzero(twin == first)]
+        assert len(set(keys[group])) == 1
+        for one, other in combinations(group, 2):
+            assert vectors[one] @ vectors[other] >= 0.9 - 1e-5
+            assert not (sides[one, 0] & sides[other, 1] or sides[one, 1] & sides[other, 0])
+    for row in np.flatnonzero(~stay):
+        assert stay[twin[row]] and twin[row] < row
+        assert likeness[row] == pytest.approx(vectors[row] @ vectors[twin[row]], abs=1e-5)
+
+
+def test_a_row_that_is_like_the_first_of_a_group_alone_stays_by_complete_link() -> None:
+    angles = np.array([0.0, 0.3, -0.3])  # both are like the first, and unlike each other
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    nothing = {"keys": np.zeros(3, np.int32), "sides": np.zeros((3, 2), np.uint64)}
+    assert settle(vectors, np.ones(3, np.bool_), 0.9)[0].tolist() == [True, False, False]
+    assert settle_complete(vectors, np.ones(3, np.bool_), 0.9, **nothing)[0].tolist() == [True, False, True]
+
+
+def test_the_filter_links_completely_where_it_is_told_to() -> None:
+    rows = frame(_unlabelled("How do I get a new card?"), _unlabelled("How can I get a new card?"), _unlabelled("My transfer failed."))
+    for link in ("star", "complete"):
+        given = Semantic(threshold=0.9, link=link).judge(rows, FakeContext())
+        assert given["keep"].sum() == 2
