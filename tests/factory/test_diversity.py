@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rich.console import Console
+from sklearn.cluster import KMeans
 
 from factory import diversity as module
 from factory import ngrams
@@ -79,6 +80,7 @@ def test_distinct_counts_words_and_pairs_within_texts():
     assert ngrams.distinct(counted(["one", "", "..."], 2)) is None
 
 
+@settings(deadline=None)
 @given(sets_of_texts, st.integers(1, 4))
 def test_n_grams_are_counted_as_a_counter_does(texts, n):
     by_text = [Counter(grams_of(text, n)) for text in texts]
@@ -120,6 +122,7 @@ def test_self_repetition_counts_the_other_texts():
     assert ngrams.self_repetition(counted(["a b c d e f g"] * 1, 4)) == 0
 
 
+@settings(deadline=None)
 @given(sets_of_texts)
 def test_self_bleu_is_that_of_nltk(texts):
     found = ngrams.self_bleu([counted(texts, n) for n in (1, 2, 3, 4)])
@@ -223,6 +226,16 @@ def test_entropy_is_one_where_all_cells_hold_as_many_and_none_where_one_holds_al
     assert cluster_entropy(halves, corners) == pytest.approx(np.log(2) / np.log(8))
     assert cluster_entropy(unit(7)) is None
     assert cluster_entropy(np.repeat(unit(1), 32, axis=0)) == 0  # fewer different rows than cells
+
+
+def test_rows_stand_in_the_cell_whose_centre_is_nearest():
+    vectors, reference = clustered(500, 40, spread=1.0), clustered(400, 12, spread=1.0)
+    fitted = KMeans(64, n_init=1, random_state=0).fit(reference.astype(np.float64))
+    norms = np.linalg.norm(fitted.cluster_centers_, axis=1)
+    assert norms.min() < 0.8 * norms.max()  # so it does matter that they are no unit vectors
+    shares = np.bincount(fitted.predict(vectors.astype(np.float64))) / len(vectors)
+    shares = shares[shares > 0]
+    assert cluster_entropy(vectors, reference) == pytest.approx(-(shares * np.log(shares)).sum() / np.log(64), rel=1e-3)
 
 
 def test_entropy_by_k_means_falls_where_rows_crowd():
