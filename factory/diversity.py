@@ -50,7 +50,7 @@ FIGURES: Mapping[str, tuple[str, str]] = {  # what a figure is called, and what 
     "cluster_entropy": ("Evenness", "how evenly texts spread over regions of meaning; 1 at most"),
     "reference_coverage": ("Reference covered", "share of reference texts that have a text in their neighbourhood"),
     "reference_density": ("Density", "texts in these neighbourhoods; 1: as dense as the reference"),
-    "reference_novelsum": ("NovelSum by the reference", "NovelSum, of texts where the reference is dense more"),
+    "reference_novelsum": ("NovelSum by the reference", "NovelSum; texts where the reference is dense weigh more"),
 }
 
 
