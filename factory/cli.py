@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -230,6 +231,16 @@ def ledger_verify() -> None:
     sys.exit(1 if audit.faults else 0)
 
 
+def _cosine(_: click.Context, __: click.Parameter, value: str | None) -> float | Literal["auto"] | None:
+    """A cosine over 0 and up to 1, or "auto"."""
+    if value is None or value == "auto":
+        return value
+    with suppress(ValueError):
+        if 0 < (cosine := float(value)) <= 1:
+            return cosine
+    raise click.BadParameter(f"{value!r} is neither `auto` nor a cosine over 0 and up to 1, such as 0.95")
+
+
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
@@ -264,7 +275,12 @@ def ledger_verify() -> None:
     show_default=True,
     help="exact misses none, and is slow for very many short texts.",
 )
-@click.option("--semantic", metavar="COSINE", help="Compare meanings as well, from this cosine on, or `auto`. Computes a vector a row.")
+@click.option(
+    "--semantic",
+    metavar="COSINE",
+    callback=_cosine,
+    help="Compare meanings as well, from this cosine on, or `auto`. Computes a vector a row.",
+)
 @click.option(
     "--against", type=click.Path(path_type=Path, exists=True), multiple=True, help="Drop what these files or versions hold already."
 )
@@ -277,7 +293,7 @@ def dedup(
     near: float,
     no_near: bool,
     mode: str,
-    semantic: str | None,
+    semantic: float | Literal["auto"] | None,
     against: tuple[Path, ...],
 ) -> None:
     """Find the rows of FILE that say what an earlier row says. Changes nothing; --out writes what stays.

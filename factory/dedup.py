@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import polars as pl
@@ -45,7 +45,7 @@ class Found:
     dropped: Sequence[Dropped]
     unreadable: Sequence[Failure]
     reports: Mapping[str, Mapping[str, Any]]
-    texts: Mapping[str, str]  # by source, of the rows that a report or a dropped row names
+    texts: Mapping[str, str]  # by id, of the rows that a report names
 
 
 def dedup(path: Path, stages: Sequence[Filter], *, embedder: EmbedderChoice | None = None) -> Found:
@@ -106,14 +106,16 @@ def shingles_for(path: Path) -> dict[str, Any]:
     return {"shingle": "words", "size": 5} if middle >= LONG_TEXT else {"shingle": "chars", "size": 3}
 
 
-def stages_for(path: Path, *, compare: str, against: Sequence[Path], near: float | None, mode: str, semantic: str | None) -> list[Filter]:
+def stages_for(
+    path: Path, *, compare: str, against: Sequence[Path], near: float | None, mode: str, semantic: float | Literal["auto"] | None
+) -> list[Filter]:
     """The filters that the command is told to run: `exact` always, `near` and `semantic` at their thresholds."""
     common = {"compare": compare, "against": against}
     wanted: list[tuple[str, dict[str, Any]]] = [("exact", common)]
     if near is not None:
         wanted.append(("near", {**common, "threshold": near, "mode": mode, **shingles_for(path)}))
     if semantic is not None:
-        wanted.append(("semantic", {**common, "threshold": semantic if semantic == "auto" else float(semantic)}))
+        wanted.append(("semantic", {**common, "threshold": semantic}))
     return [plugins.stage_class(key).model_validate(settings) for key, settings in wanted]  # type: ignore[misc]
 
 

@@ -151,8 +151,7 @@ class _Job:
         factors = rng.integers(0, 2**31, bands.bands * bands.rows, np.uint32) * np.uint32(2) + np.uint32(1)
         shifts = rng.integers(0, 2**32, bands.bands * bands.rows, np.uint32)
         keys = np.zeros((n, bands.bands), np.uint64)
-        counts = np.zeros(n, np.int64)
-        self._in_threads(lambda first, last: _sketch(*self.texts, *self.cut, first, last, factors, shifts, bands.rows, keys, counts))
+        self._in_threads(lambda first, last: _sketch(*self.texts, *self.cut, first, last, factors, shifts, bands.rows, keys))
         return keys.reshape(-1), np.arange(n + 1, dtype=np.int64) * bands.bands
 
     def _rarest(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -222,14 +221,12 @@ def _sketch(
     shifts: Any,
     rows: int,
     keys: Any,
-    counts: Any,
 ) -> None:
-    """The keys of each text's bands, and how many shingles it has."""
+    """The keys of each text's bands."""
     units, found = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
     values = np.empty(longest + 17, np.uint32)
     for i in range(first, last):
         count = _shingles_of(data, offsets, i, by_words, size, power, classes, lower, units, found)
-        counts[i] = count
         if count == 0:
             continue
         for j in range(count):

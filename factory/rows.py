@@ -12,10 +12,10 @@ import polars as pl
 from factory import plugins
 from factory.errors import GristmillError
 from factory.store import samples_frame
+from schemas.manifest import SPLITS
 from schemas.sample import Failure, Sample
 
 MANIFEST = "manifest.json"
-SPLITS = ("train", "validation", "test")
 
 
 def read_samples(path: Path) -> pl.DataFrame:

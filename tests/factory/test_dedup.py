@@ -116,3 +116,10 @@ def test_a_missing_file_is_an_error(tmp_path):
     done = CliRunner().invoke(main, ["dedup", str(tmp_path / "none.jsonl")])
     assert done.exit_code == 1
     assert "no such file" in done.output
+
+
+@pytest.mark.parametrize("cosine", ["much", "", "0", "1.5", "-1", "nan"])
+def test_a_cosine_that_is_none_is_said_before_anything_is_read(tmp_path, cosine):
+    done = CliRunner().invoke(main, ["dedup", str(tmp_path / "none.jsonl"), "--semantic", cosine])
+    assert done.exit_code == 2
+    assert "neither `auto` nor a cosine" in done.output
