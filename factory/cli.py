@@ -233,8 +233,10 @@ def ledger_verify() -> None:
 
 def _cosine(_: click.Context, __: click.Parameter, value: str | None) -> float | Literal["auto"] | None:
     """A cosine over 0 and up to 1, or "auto"."""
-    if value is None or value == "auto":
-        return value
+    if value is None:
+        return None
+    if value == "auto":
+        return "auto"
     with suppress(ValueError):
         if 0 < (cosine := float(value)) <= 1:
             return cosine
