@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from factory.kernels import kernel
-from factory.pairs import Pairs, Rows, complete, nearest, stays, with_copies
+from factory.pairs import Link, Pairs, Rows, complete, nearest, stays, with_copies
 
 Vectors = NDArray[np.float32]
 Likeness = NDArray[np.float64]
@@ -72,15 +72,13 @@ class Tables(NamedTuple):
         return max(-(-self.tables // (64 // self.bits)), 2 * SKETCH // 64)
 
 
-def pairs(vectors: Vectors, threshold: float, *, mode: Mode = "auto", recall: float = RECALL, others: Vectors | None = None) -> Pairs:
+def pairs(vectors: Vectors, threshold: float, *, mode: Mode = "auto", recall: float = RECALL) -> Pairs:
     """All pairs of rows with a cosine of at least `threshold` (over 0, to 1), sorted by (later, earlier).
 
     A row that equals an earlier one, byte by byte, is paired with the first such row alone: many copies would make their square of
-    pairs. With `others` the pairs are (row of `vectors`, row of `others`), copies or not.
+    pairs.
     """
     threshold = min(threshold, 1 - SLACK)
-    if others is not None:
-        return _sorted(_across(vectors, others, threshold, mode, recall))
     first = _firsts(vectors)
     rows = np.flatnonzero(first == np.arange(len(first)))
     copies = np.flatnonzero((first >= 0) & (first != np.arange(len(first))))
@@ -88,7 +86,7 @@ def pairs(vectors: Vectors, threshold: float, *, mode: Mode = "auto", recall: fl
     hashed = _Hashed(vectors, rows, threshold, recall)
     if hashed.is_slower(mode, len(rows) ** 2 // 2, len(rows)):
         of = vectors if len(rows) == len(vectors) else vectors[rows]
-        found += [Pairs(rows[part.earlier], rows[part.later], part.likeness) for part in _all_pairs(of, of, threshold)]
+        found += [Pairs(rows[part.earlier], rows[part.later], part.likeness) for part in _all_pairs(of, threshold)]
     else:
         found.append(hashed.join(rows, threshold))
     return _sorted(found)
@@ -106,7 +104,7 @@ def components(vectors: Vectors, threshold: float, *, mode: Mode = "auto", recal
     hashed = _Hashed(vectors, rows, threshold, recall)
     if hashed.is_slower(mode, len(rows) ** 2 // 2, len(rows)):
         of = vectors if len(rows) == len(vectors) else vectors[rows]
-        for part in _all_pairs(of, of, threshold):
+        for part in _all_pairs(of, threshold):
             _unite(parent, rows[part.earlier], rows[part.later])
     else:
         hashed.join(rows, threshold, parent=parent)
@@ -124,6 +122,7 @@ def settle(
     sides: NDArray[np.uint64] | None = None,
     mode: Mode = "auto",
     recall: float = RECALL,
+    link: Link = "star",
 ) -> tuple[NDArray[np.bool_], Rows, Likeness]:
     """Which rows stay: (stay, twin, likeness), each of shape (n,).
 
@@ -135,12 +134,18 @@ def settle(
 
     Only rows of equal `keys` are compared. `sides`, shape (n, 2), are sets of bits: rows of which one has a bit in its first
     set that the other has in its second are not compared either.
+
+    `link: complete`: a row is rejected only where it is alike to every row of a group (`factory.pairs.complete`); rows of equal vectors and
+    keys are then taken to be of equal `sides`.
     """
     threshold = min(threshold, 1 - SLACK)
     n = len(vectors)
     stay, twin, likeness = np.ones(n, np.bool_), np.full(n, -1), np.full(n, np.nan)
     keys = np.zeros(n, np.int32) if keys is None else keys
     sides = np.zeros((n, 2), np.uint64) if sides is None else sides
+    if link == "complete":
+        _settle_completely(vectors, new, threshold, keys, sides, mode, recall, stay, twin, likeness)
+        return stay, twin, likeness
     _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     arrivals = np.bincount(group, new, len(sizes)).astype(np.int64)
     rows = np.flatnonzero(np.einsum("ij,ij->i", vectors, vectors))
@@ -162,22 +167,19 @@ def settle(
     return stay, twin, likeness
 
 
-def settle_complete(
+def _settle_completely(
     vectors: Vectors,
     new: NDArray[np.bool_],
     threshold: float,
-    *,
     keys: NDArray[np.int32],
     sides: NDArray[np.uint64],
-    mode: Mode = "auto",
-    recall: float = RECALL,
-) -> tuple[NDArray[np.bool_], Rows, Likeness]:
-    """As `settle`, by complete link: a row is rejected only where it is alike to every row of a group (`factory.pairs.complete`).
-
-    Rows of equal vectors and keys are taken to be of equal `sides`.
-    """
-    n = len(vectors)
-    stay, twin, likeness = np.ones(n, np.bool_), np.full(n, -1), np.full(n, np.nan)
+    mode: Mode,
+    recall: float,
+    stay: NDArray[np.bool_],
+    twin: Rows,
+    likeness: Likeness,
+) -> None:
+    """`settle` by complete link, a key at a time; writes to `stay`, `twin` and `likeness`."""
     order = np.argsort(keys, kind="stable")
     for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):  # a loop over keys, each with its rows in order
         if len(group) < 2 or not new[group].any():
@@ -190,7 +192,6 @@ def settle_complete(
         apart = ((one[:, 0] & other[:, 1]) | (one[:, 1] & other[:, 0])) != 0
         stay[group], best, likeness[group] = with_copies(first, new[group], complete(found.where(~apart), new[firsts]))
         twin[group] = np.where(best < 0, -1, group[best])
-    return stay, twin, likeness
 
 
 def choose(threshold: float, recall: float, n: int, alike: NDArray[np.floating[Any]], same: float = 1.0, size: int = SIZE) -> Tables:
@@ -257,7 +258,7 @@ class _Hashed:
 
     def is_slower(self, mode: Mode, compared: int, new: int) -> bool:
         """Whether the rows are to be compared exactly: as asked for, or as so many pairs (of so many new rows) are no more work."""
-        if _exactly(mode, compared, new):
+        if mode == "exact" or (mode == "auto" and (compared <= AUTO_PAIRS or new <= AUTO_NEW)):
             return True
         return bool(len(self.vectors) * self.tables.row_ns > compared * (1 + self.vectors.shape[1] * PRODUCT_NS))
 
@@ -307,28 +308,11 @@ class _Hashed:
         return found
 
 
-def _exactly(mode: Mode, compared: int, new: int) -> bool:
-    return mode == "exact" or (mode == "auto" and (compared <= AUTO_PAIRS or new <= AUTO_NEW))
-
-
 def _sorted(found: list[Pairs]) -> Pairs:
     found = [Pairs(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0)), *found]
     earlier, later, likeness = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(later * (earlier.max(initial=0) + 1) + earlier)  # as one number: a third of the time of two keys
     return Pairs(earlier[order], later[order], likeness[order])
-
-
-def _across(vectors: Vectors, others: Vectors, threshold: float, mode: Mode, recall: float) -> list[Pairs]:
-    n = len(vectors)
-    if _exactly(mode, n * len(others), min(n, len(others))):
-        return list(_all_pairs(vectors, others, threshold))
-    both = np.concatenate([vectors, others])
-    rows = np.flatnonzero(np.einsum("ij,ij->i", both, both))
-    hashed = _Hashed(both, rows, threshold, recall)
-    if hashed.is_slower(mode, n * len(others), min(n, len(others))):
-        return list(_all_pairs(vectors, others, threshold))
-    found = hashed.join(rows, threshold, split=n)
-    return [Pairs(found.earlier, found.later - n, found.likeness)]
 
 
 def _firsts(vectors: Vectors, keys: NDArray[np.int32] | None = None, sides: NDArray[np.uint64] | None = None) -> Rows:
@@ -346,13 +330,12 @@ def _firsts(vectors: Vectors, keys: NDArray[np.int32] | None = None, sides: NDAr
 # -- exact -----------------------------------------------------------------------------------------------------------------
 
 
-def _all_pairs(vectors: Vectors, others: Vectors, threshold: float) -> Iterator[Pairs]:
-    """The pairs of a row and another row (of `vectors`: a later one), a block at a time."""
-    within = others is vectors
-    leading = _leading(vectors, threshold) if within else None
+def _all_pairs(vectors: Vectors, threshold: float) -> Iterator[Pairs]:
+    """The pairs of a row and a later one, a block at a time."""
+    leading = _leading(vectors, threshold)
     for top in range(0, len(vectors), ROWS):
-        for left in range(top if within else 0, len(others), COLUMNS):
-            one, other = vectors[top : top + ROWS], others[left : left + COLUMNS]
+        for left in range(top, len(vectors), COLUMNS):
+            one, other = vectors[top : top + ROWS], vectors[left : left + COLUMNS]
             if leading is not None:
                 bounds = (leading[top : top + ROWS] @ leading[left : left + COLUMNS].T).ravel()
                 at = np.flatnonzero(bounds >= threshold - SLACK)
@@ -364,7 +347,7 @@ def _all_pairs(vectors: Vectors, others: Vectors, threshold: float) -> Iterator[
                 at = np.flatnonzero(products >= threshold)
                 i, j = np.divmod(at, len(other))
                 cosines = products[at]
-            alike = (cosines >= threshold) & ((j + left > i + top) | (not within))
+            alike = (cosines >= threshold) & (j + left > i + top)
             yield Pairs(i[alike] + top, j[alike] + left, np.minimum(cosines[alike].astype(np.float64), 1.0))
 
 

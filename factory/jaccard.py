@@ -24,7 +24,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from factory.kernels import kernel
-from factory.pairs import Pairs, Rows, complete, with_copies
+from factory.pairs import Link, Pairs, Rows, complete, with_copies
 from factory.words import character_at, flat, mix, tables, words_of
 
 Unit = Literal["chars", "words"]
@@ -71,6 +71,7 @@ def settle(
     size: int = 3,
     recall: float = 0.99,
     mode: Mode = "minhash",
+    link: Link = "star",
 ) -> tuple[NDArray[np.bool_], Rows, Likeness]:
     """Which texts stay: (stay, twin, likeness), each of shape (n,).
 
@@ -78,22 +79,12 @@ def settle(
     alike to at least `threshold`. `twin` is the most similar of those that were compared (the earliest of equals; -1: none),
     also where that is below the threshold; `likeness` is that to the twin, or NaN. Only what stays is compared with what comes
     later, so copies cost no more than other texts.
+
+    `link: complete`: a text is rejected only where it is alike to every one of a group (`factory.pairs.complete`).
     """
-    stay, twin, likeness, _ = _Job(texts, threshold, shingle, size).join(new, recall, mode)
-    return stay, twin, likeness
-
-
-def settle_complete(
-    texts: pl.Series,
-    new: NDArray[np.bool_],
-    threshold: float,
-    *,
-    shingle: Unit = "chars",
-    size: int = 3,
-    recall: float = 0.99,
-    mode: Mode = "minhash",
-) -> tuple[NDArray[np.bool_], Rows, Likeness]:
-    """As `settle`, by complete link: a row is rejected only where it is alike to every row of a group (`factory.pairs.complete`)."""
+    if link == "star":
+        stay, twin, likeness, _ = _Job(texts, threshold, shingle, size).join(new, recall, mode)
+        return stay, twin, likeness
     own = pl.when(pl.col("text").str.strip_chars() == "").then("row").otherwise(pl.col("row").first().over("text"))  # no blank is a copy
     first = pl.DataFrame({"text": texts}).with_row_index("row").select(own).to_series().to_numpy().astype(np.intp)
     firsts = np.flatnonzero(first == np.arange(len(first)))  # copies share their fate, and would make the square of their pairs

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 import polars as pl
 from pydantic import Field
 
-from factory import jaccard
-from factory.jaccard import Mode, Unit
+from factory.jaccard import Mode, Unit, settle
 from factory.pairs import Link
 from factory.stage import Context
 from filters.twins import Compared, groups, nearest_the_cut, plain, standing, verdicts
@@ -41,8 +40,9 @@ class Near(Compared):
         rows = standing(samples, ctx, self)
         text = rows.select(plain(pl.col("compared")) if self.shingle == "chars" else "compared").to_series()
         new = rows["new"].to_numpy()
-        settle = jaccard.settle if self.link == "star" else jaccard.settle_complete
-        stay, twin, likeness = settle(text, new, self.threshold, shingle=self.shingle, size=self.size, mode=self.mode, recall=self.recall)
+        stay, twin, likeness = settle(
+            text, new, self.threshold, shingle=self.shingle, size=self.size, mode=self.mode, recall=self.recall, link=self.link
+        )
         ctx.report("groups", groups(rows, stay, twin))
         ctx.report("nearest_the_cut", nearest_the_cut(rows, twin, likeness, self.threshold))
         return verdicts(rows, stay, twin, likeness, "near duplicate")

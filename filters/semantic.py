@@ -13,7 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field
 
-from factory.cosine import Mode, settle, settle_complete
+from factory.cosine import Mode, settle
 from factory.pairs import Link
 from factory.stage import Context, Vectors
 from filters.twins import Compared, groups, nearest_the_cut, plain, standing, text_of, verdicts
@@ -140,8 +140,8 @@ class Semantic(Compared):
         rows = standing(samples, ctx, self)
         vectors = ctx.embed(rows["compared"].to_list())
         keys, sides = self._apart(rows, ["label"] if self.same_label else [])
-        decide = settle if self.link == "star" else settle_complete
-        stay, twin, likeness = decide(vectors, rows["new"].to_numpy(), threshold, keys=keys, sides=sides, mode=self.mode)
+        new = rows["new"].to_numpy()
+        stay, twin, likeness = settle(vectors, new, threshold, keys=keys, sides=sides, mode=self.mode, link=self.link)
         ctx.progress(len(rows), len(rows))
         ctx.report("groups", groups(rows, stay, twin))
         ctx.report("nearest_the_cut", nearest_the_cut(rows, twin, likeness, threshold))

@@ -216,16 +216,6 @@ def test_a_crowd_of_near_equal_rows_is_settled_and_joined() -> None:
     assert (fast[2000:] == 2000).all()
 
 
-@pytest.mark.usefixtures("tables_only")
-def test_pairs_of_two_sets() -> None:
-    vectors = planted(seed=2)
-    one, other = vectors[:2000], np.concatenate([vectors[2000:], vectors[:1], np.zeros((1, 128), np.float32)])
-    true = {(i, j) for i, j in zip(*(place.tolist() for place in np.nonzero(one @ other.T >= 0.95)), strict=True)}
-    assert found_in(pairs(one, 0.95, mode="exact", others=other)) == true
-    fast = found_in(pairs(one, 0.95, mode="fast", others=other))
-    assert fast <= true and len(fast) >= 0.99 * len(true) > 100 and (0, 1000) in fast
-
-
 @pytest.mark.parametrize("mode", ["auto", "exact", "fast"])
 @pytest.mark.parametrize("n", [0, 1, 2])
 @pytest.mark.usefixtures("tables_only")

@@ -10,7 +10,7 @@ from datasketch import MinHash, MinHashLSH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factory.jaccard import choose_bands, pairs, settle, settle_complete
+from factory.jaccard import choose_bands, pairs, settle
 from tests.factory.test_words import reference
 
 SEEDS = Path(__file__).parents[2] / "examples" / "bank-intents" / "seeds.jsonl"
@@ -141,7 +141,7 @@ def test_what_stays_and_all_pairs_are_those_of_brute_force(texts, data, threshol
 def test_complete_link_puts_no_two_unlike_texts_into_a_group(texts, threshold) -> None:
     series = pl.Series(texts, dtype=pl.String)
     new = np.ones(len(texts), bool)
-    stay, twin, _ = settle_complete(series, new, threshold, shingle="words", size=1, mode="exact")
+    stay, twin, _ = settle(series, new, threshold, shingle="words", size=1, mode="exact", link="complete")
     truth = brute(texts, threshold, "words", 1)
     for first in np.flatnonzero(stay):
         group = [int(first), *np.flatnonzero(twin == first).tolist()]

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
-from factory.cosine import Mode, settle, settle_complete
+from factory.cosine import Mode, settle
 from factory.store import samples_frame
 from filters.semantic import Semantic, calibrate, opposites
 from schemas.sample import Message, Provenance, Sample
@@ -210,7 +210,7 @@ def test_complete_link_puts_no_two_unlike_rows_into_a_group(seed: int, mode: Mod
     sides[::77] = 0  # who says both, says neither
     sides[200:230] = sides[originals]  # equal vectors are of equal words
     new = np.arange(300) >= 20
-    stay, twin, likeness = settle_complete(vectors, new, 0.9, keys=keys, sides=sides, mode=mode)
+    stay, twin, likeness = settle(vectors, new, 0.9, keys=keys, sides=sides, mode=mode, link="complete")
     assert stay[:20].all() and stay[40]
     assert 0 < (~stay).sum() < 280
     for first in np.flatnonzero(stay):
@@ -227,9 +227,8 @@ def test_complete_link_puts_no_two_unlike_rows_into_a_group(seed: int, mode: Mod
 def test_a_row_that_is_like_the_first_of_a_group_alone_stays_by_complete_link() -> None:
     angles = np.array([0.0, 0.3, -0.3])  # both are like the first, and unlike each other
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    nothing = {"keys": np.zeros(3, np.int32), "sides": np.zeros((3, 2), np.uint64)}
     assert settle(vectors, np.ones(3, np.bool_), 0.9)[0].tolist() == [True, False, False]
-    assert settle_complete(vectors, np.ones(3, np.bool_), 0.9, **nothing)[0].tolist() == [True, False, True]
+    assert settle(vectors, np.ones(3, np.bool_), 0.9, link="complete")[0].tolist() == [True, False, True]
 
 
 def test_the_filter_links_completely_where_it_is_told_to() -> None:
