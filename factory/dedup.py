@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,10 @@ import polars as pl
 from factory import plugins
 from factory.embed import Embedder, open_embedder
 from factory.errors import GristmillError, StoreError
-from factory.rows import read_rows, read_samples
-from factory.stage import Filter, Need, Vectors
-from factory.store import QUALITY, SAMPLES, samples_frame
-from schemas.call import Answer, Call
+from factory.rows import read_rows
+from factory.stage import Filter, Vectors
+from factory.still import Still
+from factory.store import samples_frame
 from schemas.recipe import EmbedderChoice
 from schemas.sample import Failure, Sample
 
@@ -80,7 +80,7 @@ def dedup(path: Path, stages: Sequence[Filter], *, embedder: EmbedderChoice | No
     reports: dict[str, dict[str, Any]] = {}
     named: set[str] = set()
     for stage in stages:
-        context = Context(stage.key, embedder)
+        context = _Alone(stage.key, embedder or EmbedderChoice())
         verdicts = stage.judge(left, context)
         reports[stage.key] = context.reports
         gone = verdicts.filter(~pl.col("keep")).with_columns(
@@ -145,35 +145,16 @@ def write_dropped(path: Path, found: Found) -> None:
     )
 
 
-class Context:
-    """`factory.stage.Context` outside of any run: nothing is kept, and nobody can be asked."""
+class _Alone(Still):
+    """What a filter of a file knows: the file, and an embedder that is loaded at its first use."""
 
-    round = 1
+    def __init__(self, stage: str, choice: EmbedderChoice) -> None:
+        super().__init__(stage)
+        self._choice = choice
 
-    def __init__(self, stage: str, embedder: EmbedderChoice | None = None) -> None:
-        self.stage, self._choice = stage, embedder or EmbedderChoice()
-        self._embedder: Embedder | None = None
-        self.rng = random.Random(stage)
-        self.seeds = self.kept = SAMPLES.to_frame()
-        self.quality = QUALITY.to_frame()
-        self.needs: Sequence[Need] = ()
-        self.teachers: Sequence[str] = ()
-        self.worth: Mapping[str, float | None] = {}
-        self.reports: dict[str, Any] = {}
-
-    def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
-        raise GristmillError(f"{self.stage} asks a model, which needs a recipe")
-
-    def read(self, path: Path) -> pl.DataFrame:
-        return read_samples(path)
+    @cached_property
+    def _embedder(self) -> Embedder:
+        return open_embedder(self._choice)
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        if self._embedder is None:
-            self._embedder = open_embedder(self._choice)
         return self._embedder.embed(texts)
-
-    def report(self, name: str, value: Any) -> None:
-        self.reports[name] = value
-
-    def progress(self, done: int, total: int | None = None) -> None:
-        pass

@@ -27,9 +27,9 @@ from factory.forecast import Answered, Had, Novelty
 from factory.gateway import Gateway, filled
 from factory.ledger import Ledger, open_ledger
 from factory.recipe import Recipe, StageLine
-from factory.rows import read_samples
 from factory.stage import Filter, Generator, Need, Vectors, check_filters
-from factory.store import QUALITY, SAMPLES, samples_frame, unwritable
+from factory.still import Still
+from factory.store import SAMPLES, samples_frame, unwritable
 from schemas.call import Answer, Call
 from schemas.sample import Sample
 
@@ -47,9 +47,14 @@ class First:
     quota: Mapping[str, int]
     needs: tuple[Need, ...]
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """What any context of this round holds, as `Still` takes it."""
+        return {"seed": self.recipe.seed, "seeds": self.seeds, "needs": self.needs, "teachers": tuple(self.recipe.teachers)}
+
     def context(self, line: StageLine) -> Still:
         """What a stage sees in this round, but for the asking."""
-        return Still(self.recipe, line.folder, self.seeds, self.needs)
+        return Still(line.folder, **self.known)
 
     @cached_property
     def questions(self) -> list[Put]:
@@ -126,7 +131,7 @@ def first_round(recipe: Recipe) -> First:
         item
         for line in recipe.stages
         if isinstance(line.stage, Generator) and line.stage.once
-        for item in line.stage.generate(SAMPLES.to_frame(), Still(recipe, line.folder))
+        for item in line.stage.generate(SAMPLES.to_frame(), Still(line.folder, seed=recipe.seed, teachers=tuple(recipe.teachers)))
     ]
     first: dict[str, Sample] = {}
     for item in read:
@@ -419,38 +424,11 @@ def _twins(copies: pl.DataFrame) -> dict[str, str]:
     return found
 
 
-class Still:
-    """`factory.stage.Context` in which nothing can be asked."""
-
-    def __init__(self, recipe: Recipe, stage: str, seeds: pl.DataFrame | None = None, needs: Sequence[Need] = ()) -> None:
-        self.stage, self.round, self.needs = stage, 1 if needs else 0, needs
-        self.rng = random.Random(f"{recipe.seed}/{stage}/{self.round}")
-        self.seeds = self.kept = SAMPLES.to_frame() if seeds is None else seeds
-        self.quality = QUALITY.to_frame()
-        self.worth: dict[str, float | None] = {}
-        self.teachers = tuple(recipe.teachers)
-
-    def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
-        raise RuntimeError(f"stage {self.stage} asked during a plan")
-
-    def read(self, path: Path) -> pl.DataFrame:
-        return read_samples(path)
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        raise RuntimeError(f"stage {self.stage} embedded during a plan")
-
-    def report(self, name: str, value: Any) -> None:
-        pass
-
-    def progress(self, done: int, total: int | None = None) -> None:
-        pass
-
-
 class _Asking(Still):
     """The first round's context, which lets through the questions with the keys in `only`; to the others no answer ever comes."""
 
     def __init__(self, probe: _Probe, line: StageLine, only: Iterable[str] | None = None) -> None:
-        super().__init__(probe.first.recipe, line.folder, probe.first.seeds, probe.first.needs)
+        super().__init__(line.folder, **probe.first.known)
         self._probe, self._only = probe, only
 
     def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ MANIFEST = "manifest.json"
 
 
 def read_samples(path: Path) -> pl.DataFrame:
-    """A frame of `SAMPLES` with every usable row at `path`; GristmillError where there is none, or the whole can't be read."""
+    """A frame of `SAMPLES` with every usable row at `path`; GristmillError where there is none, or the whole can't be read.
+
+    What was read lately is remembered: several filters, and every round, compare with the same files.
+    """
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return _samples(path, tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@lru_cache(8)
+def _samples(path: Path, stamp: tuple[tuple[int, int], ...]) -> pl.DataFrame:
     samples = [row for _, row in read_rows(path) if isinstance(row, Sample)]
     if not samples:
         raise GristmillError("no row in it can be used", where=str(path), next="`gristmill dedup --help` says what a row may look like.")
