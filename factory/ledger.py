@@ -145,7 +145,7 @@ class Question:
         """The question that `call` puts to the model of this identity; `call.params` must be those that are sent."""
         asked: dict[str, Any] = {
             "messages": [{"role": m.role, "content": m.content} for m in call.messages],
-            "params": call.params.model_dump(exclude_none=True),
+            "params": call.params.asked,
         }
         if call.prompt is not None:
             asked["prompt"] = call.prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,6 +29,11 @@ class Params(BaseModel):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=1, le=20)
     extra: dict[str, Any] = Field(default_factory=dict, description="passed to the server as they are")
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """What is set, as plain data; made once, since a stage gives the same params to all of its calls. Not to be changed."""
+        return self.model_dump(exclude_none=True)
 
 
 class Call(BaseModel):
@@ -56,7 +62,7 @@ class Call(BaseModel):
         asked = [[m.role, m.content] for m in self.messages]
         return content_hash(
             KEY_VERSION,
-            [provider, model, asked, self.prompt, self.json_schema, self.params.model_dump(exclude_none=True), self.draw],
+            [provider, model, asked, self.prompt, self.json_schema, self.params.asked, self.draw],
         )
 
 

@@ -6,10 +6,13 @@ import hashlib
 import json
 from typing import Any
 
+# Made once: `json.dumps` makes one for each call, which shows where every question is hashed.
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
 
 def canonical_json(value: Any) -> str:
     """Serialise `value` with sorted keys, no spaces and real Unicode; NaN and infinities are refused (ValueError)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def content_hash(prefix: str, value: Any) -> str:

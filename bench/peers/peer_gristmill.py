@@ -16,8 +16,7 @@ parser.add_argument("--retries", type=int, help="the teacher's; its default wher
 parser.add_argument("--timeout-s", type=float)
 options = parsed(parser)
 
-import aiohttp  # noqa: E402, F401  (imported late by our teachers, which the peers do at once: the watch starts after it for all)
-import genai_prices.data  # noqa: E402, F401
+import genai_prices.data  # noqa: E402, F401  (imported late by our gateway, which the peers do at once: the watch starts after it)
 
 from factory.gateway import Gateway  # noqa: E402  (after the core is chosen)
 from factory.ledger import Ledger  # noqa: E402

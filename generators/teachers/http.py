@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import email.utils
 import hashlib
-import io
 import json
 import math
 import os
 import re
-import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import orjson
 
 from factory.errors import TeacherFault
 from factory.teacher import Connection, Port, Teacher
+from generators.teachers.wire import Unsafe, Wire, WireError
 from schemas.call import Of, Reading
-
-if TYPE_CHECKING:
-    import aiohttp
-    from yarl import URL
 
 # In a body of any status: words that mean that no call will be answered until somebody pays. (OpenAI answers 429 here,
 # which would be waited for; Anthropic answers 400, which would fail call by call.)
@@ -42,9 +37,6 @@ PROVIDERS = {"api.openai.com", "api.anthropic.com"}
 HERE = {"127.0.0.1", "localhost", "::1"}
 
 CONNECT_S = 10.0
-# Longer than a minute's rate limit lets a connection lie idle, so that it is not opened anew for each burst.
-KEEP_ALIVE_S = 75.0
-LARGE_BYTES = 1 << 20  # aiohttp warns of larger bodies that are not a file
 
 
 class _Names(NamedTuple):
@@ -69,144 +61,65 @@ SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class Server:
-    """An open session with one server. `url` has no slash at its end, and may hold a password: never print it."""
+    """An open way to one server. `url` has no slash at its end, and may hold a password: never print it."""
 
-    session: aiohttp.ClientSession
+    wire: Wire
     url: str
-    targets: dict[str, URL] = field(default_factory=dict)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Reading, ...]]:
         """Post JSON; give the JSON object that comes back and what its headers say of the rate limits.
 
         Raises TeacherFault with the server's own message; its `paid` is true for what happened after the request went out.
         """
-        import aiohttp
-
         try:
             sent = orjson.dumps(body)
         except TypeError as error:
             raise TeacherFault("never", f"the question can't be written as JSON: {error}") from error
         try:
-            response = await self.session.post(
-                self._target(path), data=sent if len(sent) < LARGE_BYTES else io.BytesIO(sent), allow_redirects=False
-            )
-            raw = await _read(response)
-        except aiohttp.ConnectionTimeoutError as error:
-            raise TeacherFault("again", f"no connection to {self._place} within {self.session.timeout.connect:g} s") from error
-        except TimeoutError as error:
-            raise TeacherFault("again", f"no answer from {self._place} within {self.session.timeout.total:g} s", paid=True) from error
-        except ValueError as error:
-            raise TeacherFault("stop", f"{self._place!r} is no address of a server") from error
-        except aiohttp.ClientSSLError as error:
-            raise TeacherFault("stop", f"no safe connection to {self._place}: {error}") from error
-        except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError) as error:
-            raise TeacherFault("again", f"{_reason(error)} at {self._place}") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise TeacherFault("again", f"{_reason(error)} at {self._place}", paid=True) from error
-        if response.status != 200:
-            raise fault_of(response.status, raw, response.headers, self.url)
-        readings = readings_of(response.headers)
+            status, headers, raw = await self.wire.post(path, sent)
+        except Unsafe as error:
+            raise TeacherFault("stop", str(error)) from error
+        except WireError as error:
+            raise TeacherFault("again", str(error), paid=error.sent) from error
+        if status != 200:
+            raise fault_of(status, raw, headers, self.url)
+        readings = readings_of(headers)
         try:
             answer = _parse(raw)
         except ValueError as error:
-            message = f"{self._place} answered with something that is not JSON: {raw[:80]!r}"
+            message = f"{self.wire.place} answered with something that is not JSON: {raw[:80]!r}"
             raise TeacherFault("again", message, paid=True, readings=readings) from error
         if not isinstance(answer, dict):
-            message = f"{self._place} answered with something that is not an object: {raw[:80]!r}"
+            message = f"{self.wire.place} answered with something that is not an object: {raw[:80]!r}"
             raise TeacherFault("again", message, paid=True, readings=readings)
         return answer, readings
-
-    def _target(self, path: str) -> URL:
-        from yarl import URL
-
-        if path not in self.targets:
-            self.targets[path] = URL(self.url + path)  # parsed once: it costs as much as the rest of a request's head
-        return self.targets[path]
-
-    @property
-    def _place(self) -> str:
-        return server_name(self.url)
 
 
 @asynccontextmanager
 async def open_server(url: str, teacher: Teacher, headers: Mapping[str, str] = {}) -> AsyncIterator[Server]:
-    """A session with the server at `url`, with the teacher's timeout. It has no limit of its own to what may be in flight."""
-    import aiohttp
+    """The way to the server at `url`, with the teacher's timeout. It has no limit of its own to what may be in flight.
 
-    if "Authorization" in headers:  # a name and password in the address would be sent as the same header
-        url = urlsplit(url)._replace(netloc=server_name(url)).geturl()
+    Raises TeacherFault of the kind "stop" where that can be no server's address.
+    """
     here = urlsplit(url).hostname in HERE
-    # A timeout must say which one it was: whoever is still connecting when half of the time is over is not answered either.
-    timeout = aiohttp.ClientTimeout(total=teacher.timeout_s, connect=min(CONNECT_S, teacher.timeout_s / 2))
-    async with aiohttp.ClientSession(
-        request_class=_request_class(),
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-        timeout=timeout,
-        headers={"Content-Type": "application/json", "User-Agent": "gristmill", **headers},
-        # Unpacking costs more than it saves on this machine's own network; outside, bytes are the dearer.
-        skip_auto_headers=("Accept-Encoding",) if here else (),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        # Not by `trust_env`, which reads the system's settings again for each request, in other threads.
-        proxy=None if here else _proxy(url),
-    ) as session:
-        yield Server(session, url.rstrip("/"))
-
-
-@lru_cache(1)
-def _request_class() -> type[aiohttp.ClientRequest]:
-    """Requests whose body is written at once, and not when the loop comes round: see factory/line.py. Python 3.12 lets aiohttp do so."""
-    import aiohttp
-
-    if sys.version_info >= (3, 12):
-        return aiohttp.ClientRequest
-
-    class Request(aiohttp.ClientRequest):
-        def write_bytes(self, *args: Any) -> Coroutine[Any, Any, None]:
-            return _begun(super().write_bytes(*args))
-
-    return Request
-
-
-def _begun(work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
-    """Run a coroutine to where it first has to wait; gives what is left of it. What it raises is raised there."""
+    common = {"Accept": "*/*", "Content-Type": "application/json", "User-Agent": "gristmill"}
+    if not here:  # unpacking costs more than it saves on this machine's own network; outside, bytes are the dearer
+        common["Accept-Encoding"] = "gzip, deflate"
     try:
-        awaited = work.send(None)
-    except StopIteration:
-        return _rest(None)
-    except Exception as error:
-        return _rest(None, error)
-    return _rest(_Begun(work, awaited))
-
-
-async def _rest(work: _Begun | None, error: Exception | None = None) -> None:
-    if error is not None:
-        raise error
-    if work is not None:
-        await work
-
-
-class _Begun:
-    """A coroutine that waits for the first time, for others to go on with (PEP 380's `yield from`, one step in)."""
-
-    def __init__(self, work: Coroutine[Any, Any, None], awaited: Any) -> None:
-        self._work, self._awaited = work, awaited
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        awaited = self._awaited
-        while True:
-            try:
-                sent = yield awaited
-            except GeneratorExit:
-                self._work.close()
-                raise
-            except BaseException as error:
-                step = partial(self._work.throw, error)
-            else:
-                step = partial(self._work.send, sent)
-            try:
-                awaited = step()
-            except StopIteration:
-                return
+        wire = Wire(
+            url.rstrip("/"),
+            {**common, **headers},
+            timeout_s=teacher.timeout_s,
+            # A timeout must say which one it was: whoever is still connecting when half of the time is over is not answered either.
+            connect_s=min(CONNECT_S, teacher.timeout_s / 2),
+            proxy=None if here else _proxy(url),
+        )
+    except ValueError as error:
+        raise TeacherFault("stop", str(error)) from error
+    try:
+        yield Server(wire, url.rstrip("/"))
+    finally:
+        await wire.close()
 
 
 def addresses(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -347,18 +260,6 @@ def _whole(seconds: float) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """The body; of a refusal, as much as nothing where it breaks off: its status has said what matters."""
-    import aiohttp
-
-    try:
-        return await response.read()
-    except (aiohttp.ClientError, OSError, TimeoutError):
-        if response.status < 400:
-            raise
-        return b""
-
-
 def _parse(raw: bytes) -> Any:
     """JSON as the standard has it, or with what models' servers do to it: NaN, and halves of characters, which become "?"."""
     try:
@@ -416,18 +317,3 @@ def _proxy(url: str) -> str | None:
     if urllib.request.proxy_bypass(server_name(url)):
         return None
     return urllib.request.getproxies().get(parts.scheme)
-
-
-def _reason(error: Exception) -> str:
-    """What a network error means, in words: the libraries' own texts are empty or name their classes."""
-    import aiohttp
-
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "no such host"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return os.strerror(error.errno).lower() if error.errno else "no connection"
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return "the answer broke off"
-    if isinstance(error, (aiohttp.ServerDisconnectedError, ConnectionError)):
-        return "the connection was closed"
-    return str(error) or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import http.client
 import importlib.util
 import json
 import re
@@ -153,7 +154,7 @@ class VLLM(Teacher):
         environment = {**{name: str(value) for name, value in self.environment.items()}, "VLLM_API_KEY": key}
         async with guarded([*command, *self._options(host="127.0.0.1", port=port)], environment, log) as process:
             url = f"http://127.0.0.1:{port}"
-            await self._wait(url, process, log)
+            await self._wait(port, process, log)
             async with open_server(f"{url}/v1", self, {"Authorization": f"Bearer {key}"}) as server:
                 yield StartedConnection(OpenAIConnection(server, self.model), process, log, "vLLM server")
 
@@ -177,17 +178,13 @@ class VLLM(Teacher):
     def _log(self, home: Path, which: object) -> Path:
         return home / "logs" / f"vllm-{re.sub(r'[^A-Za-z0-9.-]+', '-', self.model).strip('-.')[-60:]}-{which}.log"
 
-    async def _wait(self, url: str, process: asyncio.subprocess.Process, log: Path) -> None:
+    async def _wait(self, port: int, process: asyncio.subprocess.Process, log: Path) -> None:
         """Until the server says that it is ready. A fault of the kind "stop" where it ends before, or takes too long."""
-        import aiohttp
-
         try:
-            async with asyncio.timeout(self.start_timeout_s), aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(5)) as session:
+            async with asyncio.timeout(self.start_timeout_s):
                 while process.returncode is None:
-                    with suppress(aiohttp.ClientError, OSError):
-                        async with session.get(f"{url}/health") as response:
-                            if response.status == 200:
-                                return
+                    if await asyncio.to_thread(_is_ready, port):
+                        return
                     await asyncio.sleep(POLL_S)
         except TimeoutError as error:
             long = f"the vLLM server was not ready within {self.start_timeout_s:g} s (start_timeout_s)"
@@ -268,6 +265,17 @@ def _free_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
+
+
+def _is_ready(port: int) -> bool:
+    asking = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        asking.request("GET", "/health")
+        return asking.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        asking.close()
 
 
 def _hash(model: Path) -> str:

@@ -496,7 +496,7 @@ def test_a_real_server_is_closed_to_others(running: Running) -> None:
 @pytest.mark.vllm
 @real
 def test_a_real_server_is_asked_many_things_at_once_through_the_gateway(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("A_KEY", running.connection.inner.server.session.headers["Authorization"].removeprefix("Bearer "))
+    monkeypatch.setenv("A_KEY", running.connection.inner.server.wire.headers["Authorization"].removeprefix("Bearer "))
     teacher = served(base_url=running.connection.inner.server.url, api_key_env="A_KEY", environment={})
     params = Params(max_tokens=16, extra={"ignore_eos": True})
     calls = [Call(teacher="t", prompt=f"{n}. My card", params=params, ref=str(n)) for n in range(256)]
