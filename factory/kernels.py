@@ -34,12 +34,16 @@ def kernel(function: Kernel) -> Kernel:
 
 
 def compile_all() -> None:
-    """Compile every kernel of duplicates and diversity, so that no run waits for it; a moment where that has been done."""
+    """Compile every kernel of duplicates, diversity, passages and rules, so that no run waits for it; a moment where that is done."""
     import numpy as np
     import polars as pl
 
-    from factory import cosine, jaccard
+    from factory import cosine, jaccard, passages, plugins
     from factory.diversity import diversity
+    from factory.stage import Filter
+    from factory.still import Still
+    from factory.store import samples_frame
+    from schemas.sample import Sample
 
     texts = pl.Series([f"the same thing again and again, number {n} ʼn" for n in (1, 1, 2, 3)])
     new = np.ones(len(texts), np.bool_)
@@ -50,6 +54,14 @@ def compile_all() -> None:
     vectors = np.random.default_rng(0).standard_normal((5000, 64)).astype(np.float32)  # of fewer, comparing all is quicker
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     cosine.settle(vectors, np.ones(len(vectors), np.bool_), 0.95, mode="fast")
+    rules = plugins.stage_class("rules").model_validate({"output": {"format": "json"}})
+    said = "The one with **the key** opens it.\n\n| a | b |\n|---|---|\n| 1 | [2] |"
+    turns = [{"role": "user", "content": "Who opens the door of the shop today?"}, {"role": "assistant", "content": said}]
+    samples = samples_frame([Sample.model_validate({"messages": turns, "provenance": {"origin": "made", "generator": "rules"}})])
+    assert isinstance(rules, Filter)
+    rules.judge(samples, Still("rules", seeds=samples))
+    passages.Passages(texts).search(texts)
+    passages.spans(texts.to_list(), [0] * len(texts), [1] * len(texts))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Recipe:
                 for name, teacher in self.teachers.items()
             },
             "stages": stages,
-            "files": self._hashes,
+            "files": self.hashes,
         }
         return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:8]
 
@@ -111,10 +111,11 @@ class Recipe:
     def changed(self, folder: str) -> list[Path]:
         """Files of the stage with this folder that no longer are as the digest has them."""
         mine = [(field, path) for field, path in self._files() if field.startswith(f"{folder}.")]
-        return [path for field, path in mine if not path.exists() or _sha256(path) != self._hashes[field]]
+        return [path for field, path in mine if not path.exists() or _sha256(path) != self.hashes[field]]
 
     @cached_property
-    def _hashes(self) -> dict[str, str]:
+    def hashes(self) -> dict[str, str]:
+        """The hash of every file that a stage names, by `folder.field`."""
         return {field: _sha256(path) for field, path in self._files()}
 
     def _files(self) -> list[tuple[str, Path]]:
@@ -122,7 +123,7 @@ class Recipe:
             (f"{line.folder}.{name}" + (f".{number}" if number else ""), path)
             for line in self.stages
             for name in _marked(type(line.stage), RecipeFile)
-            for number, path in enumerate(_paths(getattr(line.stage, name)))
+            for number, path in enumerate(_paths(_value(line.stage, name)))
         ]
 
 
@@ -160,6 +161,11 @@ def load_recipe(where: Path, *, asking: bool = True) -> Recipe:
         raise RecipeError([Problem(f"not UTF-8: {error}", str(path))]) from error
     except OSError as error:
         raise RecipeError([Problem(f"can't be read: {error.strerror}", str(path))]) from error
+    return read_recipe(path, text, asking=asking)
+
+
+def read_recipe(path: Path, text: str, *, asking: bool = True) -> Recipe:
+    """As `load_recipe`, of a text that stands, or could stand, in the file at `path`."""
     return _Reading(path, text, asking).recipe()
 
 
@@ -337,22 +343,24 @@ class _Reading:
             return settings
         marked = _marked(model, RecipeFile)
 
-        def absolute(value: Any) -> Any:
+        def absolute(value: Any, name: str) -> Any:
             if isinstance(value, list):
-                return [absolute(one) for one in value]
-            return self.path.resolve().parent / Path(value).expanduser() if isinstance(value, str) else value
+                return [absolute(one, name) for one in value]
+            if isinstance(value, dict):
+                return {key: absolute(inner, f"{name}.{key}") for key, inner in value.items()}
+            return self.path.resolve().parent / Path(value).expanduser() if name in marked and isinstance(value, str) else value
 
-        return {k: absolute(v) if k in marked else v for k, v in settings.items()}
+        return {key: absolute(value, str(key)) for key, value in settings.items()}
 
     def _check_marks(self, stage: Stage, where: Where, teachers: Sequence[str]) -> None:
         for name, mark in _marked(type(stage), RecipeFile).items():
-            for path in _paths(getattr(stage, name)):
+            for path in _paths(_value(stage, name)):
                 if not mark.must_exist or path.exists():
                     continue
                 near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-                self._problem((*where, name), f"there is no file {path}{did_you_mean(path.name, near)}")
+                self._problem((*where, *name.split(".")), f"there is no file {path}{did_you_mean(path.name, near)}")
         for name in _marked(type(stage), TeacherNames):
-            for teacher in getattr(stage, name) or ():
+            for teacher in _value(stage, name) or ():
                 if teacher not in teachers:
                     self._problem((*where, name), f"no teacher is called {teacher!r}{did_you_mean(teacher, teachers)}")
             if not teachers:
@@ -406,8 +414,23 @@ def _fields_at(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
 
 
 def _marked(model: type[BaseModel], mark: type[Any]) -> dict[str, Any]:
-    """The fields of a model whose annotation carries such a mark."""
-    return {name: m for name, field in model.model_fields.items() for m in field.metadata if isinstance(m, mark)}
+    """The fields of a model whose annotation carries such a mark; "output.schema_file" is one of a model in it."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        for one in field.metadata:
+            if isinstance(one, mark):
+                found[name] = one
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= {f"{name}.{inner}": m for inner, m in _marked(field.annotation, mark).items()}
+    return found
+
+
+def _value(stage: Stage, name: str) -> Any:
+    """The value of a field by its name as `_marked` gives it."""
+    value: Any = stage
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _paths(value: Path | tuple[Path, ...] | None) -> tuple[Path, ...]:
@@ -429,6 +452,8 @@ def _without_paths(settings: dict[str, Any], paths: set[str]) -> dict[str, Any]:
     def without(value: Any) -> Any:
         if isinstance(value, list):
             return [without(one) for one in value]
+        if isinstance(value, dict):
+            return {key: without(inner) for key, inner in value.items()}
         return None if isinstance(value, str) and value in paths else value
 
     return {key: without(value) for key, value in settings.items()}

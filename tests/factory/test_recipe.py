@@ -215,3 +215,18 @@ def test_a_budget_loses_no_micro_dollar_to_floating_point() -> None:
     for cents in range(1, 2001):
         text = GOOD.replace("balance: label}", f"balance: label, budget_usd: {cents / 100}}}")
         assert Target.model_validate(yaml.safe_load(text)["target"]).budget_micro_usd == cents * 10_000
+
+
+def test_a_file_inside_of_a_setting_is_a_file_of_the_recipe_too(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (folder / "recipe.yaml").write_text(GOOD.replace("near: {threshold: 0.8}", "rules: {output: {format: json, schema_file: a.json}}"))
+    (folder / "a.json").write_text('{"type": "object"}')
+    recipe = load_recipe(folder)
+    assert recipe.stages[2].stage.output.schema_file == (folder / "a.json").resolve()  # type: ignore[attr-defined]
+    moved = tmp_path_factory.mktemp("moved")
+    for name in ("recipe.yaml", "seeds.jsonl", "a.json"):
+        (moved / name).write_bytes((folder / name).read_bytes())
+    assert load_recipe(moved).digest == recipe.digest
+    assert recipe.changed("03-rules") == []
+    (folder / "a.json").write_text('{"type": "array"}')
+    assert recipe.changed("03-rules") == [(folder / "a.json").resolve()]
+    assert load_recipe(folder).digest != recipe.digest

@@ -6,9 +6,11 @@ from typing import Any
 
 import polars as pl
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from factory.store import VERDICTS, samples_frame
+from filters import rules
 from filters.rules import NAMES, Rules
 from generators.seeds import read_rows
 from schemas.sample import Failure, Message, Provenance, Sample
@@ -305,3 +307,233 @@ def test_one_verdict_a_row_in_any_batch() -> None:
 def test_the_data_of_these_tests_is_read_whole() -> None:
     for path in DATA.glob("*.jsonl"):
         assert not [row for row in read_rows(path) if isinstance(row, Failure)]
+
+
+# -- formats, tools, tokens, turns, and what is learned ------------------------------------------------------------------------
+
+
+def turns(*said: tuple[str, str], **given: Any) -> Sample:
+    return Sample(messages=tuple(Message(role=role, content=text) for role, text in said), provenance=MADE, **given)  # type: ignore[arg-type]
+
+
+def reply(text: str, seeds: pl.DataFrame | None = None, **settings: Any) -> dict[str, Any]:
+    """The verdict on an answer, without the rules that need seeds of its kind."""
+    nothing = FakeContext().seeds
+    return verdict(
+        turns(("user", "What is in the shop today, please?"), ("assistant", text)), nothing if seeds is None else seeds, **settings
+    )
+
+
+FORMATS = [
+    ("json", '{"a": [1, 2.5e3, null]}', None),
+    ("json", "3", None),
+    ("json", '{"a": 1, "a": 2}', "stands twice"),
+    ("json", '{"a": {"b": 1}, "c": [{"b": 1, "d": ":", "b": ":"}]}', "stands twice"),
+    ("json", '{"a:b": ":", "c": "\\":"}', None),
+    ("json", "{'a': 1}", "string key"),
+    ("json", '{"a": NaN}', "unexpected"),
+    ("json", '```json\n{"a": 1}\n```', "code fence"),
+    ("yaml", "a: 1\nb: [x, y]", None),
+    ("yaml", "a: 1\na: 2", "stands twice"),
+    ("yaml", "Just some prose", "neither a mapping nor a list"),
+    ("yaml", "a: !!python/name:os.system", "safe loader"),
+    ("yaml", "a: [1", "expected"),
+    ("yaml", "- a\n---\n- b", "several documents"),
+    ("xml", "<a><b c='1'>text</b></a>", None),
+    ("xml", "<a><b></a></b>", "mismatched"),
+    ("xml", '<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>', "document type"),
+]
+
+
+@pytest.mark.parametrize(("format", "text", "what"), FORMATS)
+def test_an_answer_is_in_its_format(format: str, text: str, what: str | None) -> None:
+    row = reply(text, output={"format": format}, off=["markup", "unbalanced", "language", "unfinished"])
+    assert row["reason"] == (None if what is None else "format")
+    assert what is None or what in row["detail"]["what"]
+
+
+def test_a_code_fence_is_allowed_where_the_seeds_have_one(tmp_path: Path) -> None:
+    fenced = turns(("user", "What is in the shop today, please?"), ("assistant", '```json\n{"a": 1}\n```'))
+    seeds = frame(
+        *(
+            fenced.model_copy(update={"messages": (Message(role="user", content=f"Is it open on day {n}?"), fenced.messages[1])})
+            for n in range(5)
+        )
+    )
+    assert verdict(fenced, seeds, output={"format": "json"}, copied=None)["reason"] is None
+    assert Rules.model_validate({"output": {"format": "json"}}).check(seeds) is None
+    assert "5 of 5 seeds' outputs are not as yaml asks" in (Rules.model_validate({"output": {"format": "xml"}}).check(seeds) or "").replace(
+        "xml", "yaml"
+    )
+
+
+def test_an_answer_fits_its_schema(tmp_path: Path) -> None:
+    schema = tmp_path / "answer.schema.json"
+    schema.write_text('{"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}')
+    settings = {"output": {"schema_file": schema}, "off": ["language"]}
+    assert reply('{"a": 1}', **settings)["reason"] is None
+    assert reply('{"a": 1', **settings, length=None)["reason"] == "unfinished"
+    row = reply('{"a": "x"}', **settings)
+    assert row["reason"] == "schema"
+    assert "$.a" in row["detail"]["what"]
+    assert reply("a: x", output={"format": "yaml", "schema_file": schema}, off=["language"])["reason"] == "schema"
+    with pytest.raises(ValidationError, match="says nothing of XML"):
+        Rules.model_validate({"output": {"format": "xml", "schema_file": schema}})
+    schema.write_text('{"type": "nonsense"}')
+    with pytest.raises(ValidationError, match="not a JSON schema"):
+        Rules.model_validate(settings)
+    with pytest.raises(ValidationError, match="can't be read"):
+        Rules.model_validate({"output": {"schema_file": tmp_path / "none.json"}})
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "pay", "parameters": {"type": "object", "required": ["to"], "properties": {"to": {"type": "string"}}}},
+    }
+]
+CALLS = [
+    ('<tool_call>{"name": "pay", "arguments": {"to": "Ann"}}</tool_call>', None),
+    ('<tool_call>\n{"name": "pay", "arguments": "{\\"to\\": \\"Ann\\"}"}\n</tool_call>', None),
+    ('<tool_call>{"name": "pey", "arguments": {}}</tool_call>', "no tool is called 'pey'"),
+    ('<tool_call>{"name": "pay", "arguments": "{to: Ann}"}</tool_call>', "are not JSON"),
+    ('<tool_call>{"name": "pay", "arguments": {"to": 3}}</tool_call>', "break its schema"),
+    ('<tool_call>{"name": "pay", "arguments": {"to": "Ann"}}', "is not closed"),
+    ("<tool_call>pay Ann</tool_call>", "a call is not JSON"),
+    ('{"tool_calls": [{"type": "function", "function": {"name": "pay", "arguments": "{}"}}]}', "break its schema"),
+    ('{"name": "pay", "parameters": {"to": "Ann"}}', None),
+    ('{"name": "pey", "parameters": {"to": "Ann"}}', "no tool is called"),
+    ('{"name": "Ann", "age": 3}', None),
+]
+
+
+@pytest.mark.parametrize(("text", "what"), CALLS)
+def test_a_call_names_a_tool_and_gives_what_it_takes(text: str, what: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps(TOOLS))
+    said = (("user", "Pay five pounds to Ann, please."), ("assistant", text))
+    for sample, settings in ((turns(*said), {"tools_file": path}), (turns(*said, meta={"tools": TOOLS}), {})):
+        row = verdict(sample, FakeContext().seeds, **settings)
+        assert row["reason"] == (None if what is None else "tool call")
+        assert what is None or what in row["detail"]["what"]
+    path.write_text('[{"parameters": {}}]')
+    with pytest.raises(ValidationError, match="a tool in it has no name"):
+        Rules(tools_file=path)
+
+
+def test_tokens_are_those_of_a_named_tokenizer() -> None:
+    tokenizer = str(Path(__file__).parents[2] / "factory" / "data" / "minilm")
+    text = "It is open."  # four tokens: it, is, open, full stop
+    assert reply(text, tokenizer=tokenizer, output={"min_tokens": 4, "max_tokens": 4})["reason"] is None
+    row = reply(text, tokenizer=tokenizer, output={"max_tokens": 3})
+    assert (row["reason"], row["score"], row["detail"]["what"]) == ("too long", 4, "tokens")
+    assert reply(text, tokenizer=tokenizer, output={"min_tokens": 5})["reason"] == "too short"
+    assert reply(text, tokenizer=tokenizer, total_tokens=13)["reason"] is None
+    assert reply(text, tokenizer=tokenizer, total_tokens=12)["detail"]["part"] == "row"
+    with pytest.raises(ValidationError, match="Name its tokenizer"):
+        Rules(max_tokens=3)
+    with pytest.raises(ValidationError, match="there is no tokenizer 'no/such'"):
+        Rules(tokenizer="no/such")
+
+
+ORDERS = [
+    ("sua", True),
+    ("ua", True),
+    ("uaua", True),
+    ("uata", True),
+    ("usa", False),
+    ("uua", False),
+    ("uaa", False),
+    ("au", False),
+    ("ssua", False),
+    ("tua", False),
+]
+
+
+@pytest.mark.parametrize(("order", "proper"), ORDERS)
+def test_turns_follow_each_other(order: str, proper: bool) -> None:
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    said = [(roles[letter], f"Turn {n} is about the shop at the corner.") for n, letter in enumerate(order)]
+    row = verdict(turns(*said), FakeContext().seeds)
+    assert row["reason"] == (None if proper else "roles")
+    assert verdict(turns(*said), frame(*[turns(*said)] * 3), copied=None)["reason"] is None  # the seeds do so as well
+    empty = [("user", "Where is it?"), ("assistant", " "), ("user", "Where is the shop?"), ("assistant", "At the corner.")]
+    assert verdict(turns(*empty), FakeContext().seeds)["detail"]["what"] == "an empty turn"
+
+
+MARKDOWN = [
+    ("```\ncode", "unfinished"),
+    ("```\ncode\n```", None),
+    ("It is **bold** here", None),
+    ("It is **bold here", "markdown"),
+    ("2**3 is 8 and 2 ** 3 too", None),
+    ("Call `f(x) now", "markdown"),
+    ("Call `f(x)` now", None),
+    ("the `so called' shop", None),
+    ("[a](b", "markdown"),
+    ("[a](b(c)) too", None),
+    ("| a | b |\n|---|---|\n| 1 | 2 |", None),
+    ("| a | b |\n|---|---|\n| 1 |", "markdown"),
+    ("a | b\n--|--\n1 | 2\n\nthe end", None),
+    ("~~~\n```\n~~~", None),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), MARKDOWN)
+def test_markdown_is_whole(text: str, reason: str | None) -> None:
+    assert reply(text, off=["markup", "unbalanced", "language"])["reason"] == reason
+
+
+@pytest.mark.parametrize("text", ["A cafÃ© at the corner", "It isnâ€™t open", "costs Â£5 today", "ï»¿It is open"])
+def test_bytes_that_were_read_in_the_wrong_encoding(text: str) -> None:
+    assert reply(text)["reason"] == "encoding"
+
+
+@pytest.mark.parametrize("text", ["Un café à l’hôtel « là » dit-il", "NÃO, A MANHà É BOA", "Âge moyen", "Crâne “là”", "10 € à 5 £"])
+def test_letters_with_accents_are_no_damage(text: str) -> None:
+    assert reply(text, language=None)["reason"] is None
+
+
+def test_an_answer_that_repeats_its_question() -> None:
+    question = "Tell me how the old shop at the corner of our street came to be open on Sundays."
+    sample = turns(("user", question), ("assistant", question.replace("Tell", "Say")))
+    assert verdict(sample, FakeContext().seeds)["reason"] == "echo"
+    same = [turns(("user", f"{n}: {question}"), ("assistant", f"{n}: {question}")) for n in range(4)]
+    assert verdict(sample, frame(*same), copied=None, repeated=None, off=["scaffolding", "too short"])["reason"] is None
+    other = turns(("user", question), ("assistant", "The owner of the shop at the corner of our street wanted it so, and the town agreed."))
+    assert verdict(other, FakeContext().seeds)["reason"] is None
+
+
+def test_an_answer_that_gives_its_instructions_away() -> None:
+    system = "You are the voice of a small shop and you never tell anyone how much the owner has paid for what is sold here."
+    leak = turns(("system", system), ("user", "Who are you?"), ("assistant", f"I was told: {system}"))
+    assert verdict(leak, FakeContext().seeds)["reason"] == "system prompt"
+    few = turns(("system", system), ("user", "Who are you?"), ("assistant", "I am the voice of a small shop and you are welcome."))
+    assert verdict(few, FakeContext().seeds)["reason"] is None
+
+
+def test_long_answers_end_as_the_seeds_do() -> None:
+    names = ["door", "roof", "wall", "floor", "lamp", "bell", "till", "clock", "sign", "shelf", "stair", "yard"]
+    long = "The {} was old when the shop was bought, so the owner had it mended by a friend who knew how to do such things well{}"
+    seeds = frame(*(turns(("user", f"What of the {name}?"), ("assistant", long.format(name, "."))) for name in names))
+    sample = turns(("user", "And what of the window?"), ("assistant", long.format("window", "")))
+    assert verdict(sample, seeds, copied=None)["reason"] == "unfinished"
+    assert verdict(sample, seeds[:9], copied=None)["reason"] is None  # too few to tell
+    whole = turns(("user", "And what of the window?"), ("assistant", long.format("window", "!")))
+    assert verdict(whole, seeds, copied=None)["reason"] is None
+
+
+def test_what_a_pattern_needs_stands_in_whatever_it_finds() -> None:
+    """A pattern with `words` or `chars` finds the same as without them."""
+    form = yaml.safe_load((Path(rules.__file__).parent / "data" / "form.yaml").read_text())
+    entries = [entry for parts in form.values() for listed in parts.values() for entry in listed if isinstance(entry, dict)]
+    texts = [text for row in FALL_AND_STAY for text in row[1:]] + [text for row in ANSWERS for text in row[1:]]
+    every = frame(*(turns(("user", text or "x")) for text in dict.fromkeys(texts)))
+    block = rules._Block(every, rules._form().find, Rules())
+    found = 0
+    for entry in entries:
+        words = sorted({word for other in entries for word in other.get("words", ())})
+        told = block.found("input", (rules._pattern(entry, words),))
+        assert (told == block.found("input", (rules.Pattern(entry["find"]),))).all(), entry
+        found += int(told.sum())
+    assert found > 20
