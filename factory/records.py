@@ -163,9 +163,14 @@ class RunFolder:
 
     @cached_property
     def judging(self) -> pl.DataFrame:
-        """What it cost to judge each sample: `sample` and `micro_usd`, a row a verdict whose detail names its call; null: unknown."""
+        """What it cost to judge each sample: `sample` and `micro_usd`, a row a call that a verdict's detail names; null: unknown.
+
+        A detail names one as `call`, or all of several as `calls`.
+        """
         named = self.verdicts.filter(pl.col("detail").str.contains('"call":', literal=True))
-        calls = named.select("sample", call=pl.col("detail").str.json_path_match("$.call"))
+        one, several = (pl.col("detail").str.json_path_match(path) for path in ("$.call", "$.calls"))
+        lists = pl.when(several.str.starts_with('["')).then(several).str.json_decode(pl.List(pl.String))
+        calls = named.select("sample", call=pl.coalesce(lists, pl.concat_list(one))).explode("call")
         return calls.join(self._costs_of("filter"), on="call").select("sample", "micro_usd")
 
     @property
