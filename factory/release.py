@@ -20,15 +20,18 @@ from typing import Any
 
 import jinja2
 import polars as pl
+import yaml
 from pydantic import ValidationError
 
 from factory import prices
 from factory.errors import AlreadyReleased, ReleaseError, StoreError
+from factory.masks import MaskedRun, all_spans, kinds_of, masked
 from factory.records import RunFolder
 from factory.report import write_report
 from factory.splits import NEAR, assign, near_groups, nearest, normalised
 from factory.stage import Vectors
 from factory.store import read_json, samples_of, write_bytes, write_frame, write_json
+from factory.terms import terms_of
 from schemas.canonical import content_hash
 from schemas.manifest import (
     MANIFEST_FORMAT,
@@ -36,11 +39,17 @@ from schemas.manifest import (
     Counts,
     FileFacts,
     FunnelLine,
+    KindCounts,
     LeakCheck,
     Manifest,
+    Masking,
     ReleaseFacts,
     RunFacts,
+    Safety,
+    SeedsFound,
     SplitRule,
+    TeacherFacts,
+    TeacherTerms,
 )
 from schemas.recipe import ReleasePlan
 from schemas.sample import Provenance, Sample
@@ -66,6 +75,7 @@ LINEAGE = pl.Schema(
         "scores": pl.List(pl.Struct({"by": pl.String(), "score": pl.Float64()})),
         "source": pl.String(),
         "meta": pl.String(),  # JSON object: what came with a real row
+        "masked": pl.List(pl.Struct({"by": pl.String(), "kind": pl.String()})),  # a span each
     }
 )
 
@@ -93,7 +103,7 @@ class _Version:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What goes into a version: `rows` as `SAMPLES` with `split` and `near_group`; what stays out, by reason; remarks."""
+    """What goes into a version: `rows`, masked, as `SAMPLES` with `split` and `near_group`; what stays out, by reason; remarks."""
 
     rows: pl.DataFrame
     left_out: Mapping[str, int]
@@ -106,15 +116,17 @@ def release(
 ) -> Path:
     """Make the next version of `name` from what `run` accepted, and return its folder.
 
-    The folder appears by a rename once it is whole and its leak check has passed; its files are read-only. ReleaseError
+    The folder appears by a rename once it is whole and its leak check has passed; its files are read-only. What verdicts want
+    masked is masked in every file; a row keeps its id, by which the run's folder holds it unmasked. ReleaseError
     where there is nothing to release, where the share of real rows can't be met, where a split would leak, or (without
     `force`) where the last version holds exactly these rows; StoreError where an earlier version was changed by hand.
     """
     home = datasets / name
     versions = [_earlier(path) for path in _version_folders(home)]
-    cut = _cut(run, plan, versions, embed)
+    public = MaskedRun(run.path)
+    cut = _cut(run, public, plan, versions, embed)
     number = versions[-1].manifest.version + 1 if versions else 1
-    tables = {f"{split}.jsonl": _jsonl(cut.rows.filter(pl.col("split") == split)) for split in SPLITS}
+    tables = {f"{split}.jsonl": _jsonl(cut.rows.filter(pl.col("split") == split), public) for split in SPLITS}
     if versions and not force:
         _refuse_the_same(tables, versions[-1].manifest, home)
 
@@ -122,13 +134,15 @@ def release(
     try:
         for file, data in tables.items():
             write_bytes(part / file, data)
-        lineage = _lineage(run, cut.rows)
+        lineage = _lineage(public, cut.rows)
         write_frame(part / "lineage.parquet", lineage)
         check = _leak_check(part, run, versions, embed)
         manifest = _manifest(run, plan, facts, cut, lineage, check, name=name, number=number)
+        audit = {"masked": _masking(public, lineage), "safety": _safety(public, cut.rows), "recipe": public.told(manifest.recipe)}
+        manifest = manifest.model_copy(update=audit)
         write_bytes(part / "README.md", _card(manifest).encode())
         splits = dict(lineage.select("id", "split").iter_rows())
-        varied = write_report(part / "report.html", run, embed, title=manifest.title, facts=facts, splits=splits)
+        varied = write_report(part / "report.html", public, embed, title=manifest.title, facts=facts, splits=splits)
         rows = {f"{split}.jsonl": manifest.counts.split[split] for split in SPLITS} | {"lineage.parquet": lineage.height}
         files = {path.name: _file_facts(path, rows.get(path.name)) for path in sorted(part.iterdir())}
         manifest = manifest.model_copy(update={"files": files, "diversity": varied})
@@ -166,7 +180,7 @@ def open_version(folder: Path) -> Manifest:
 # -- which rows, and where they go ---------------------------------------------------------------------------------------
 
 
-def _cut(run: RunFolder, plan: ReleasePlan, versions: Sequence[_Version], embed: Embed) -> _Cut:
+def _cut(run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequence[_Version], embed: Embed) -> _Cut:
     made = run.accepted
     if made.is_empty():
         raise ReleaseError("this run has no accepted rows", where=str(run.path), next="`gristmill show` says what became of its samples.")
@@ -174,7 +188,8 @@ def _cut(run: RunFolder, plan: ReleasePlan, versions: Sequence[_Version], embed:
     if len(kinds) > 1:
         raise ReleaseError(f"a version holds rows of one kind; this run made {' and '.join(kinds)}", where=str(run.path))
 
-    rows = run.of_fate("accepted", "real", "holdout")
+    # Masked before anything is compared: what two rows have in common is what people will read in them.
+    rows = masked(run.of_fate("accepted", "real", "holdout"), all_spans(public.spans))
     known = {row: split for version_ in versions for row, split in version_.split_of.items()}  # the latest word on a row
     tests = {row: text for version_ in versions for row, text in version_.test.items()}
     shown = (pl.col("origin") == "real") & ~pl.col("holdout")
@@ -204,6 +219,8 @@ def _cut(run: RunFolder, plan: ReleasePlan, versions: Sequence[_Version], embed:
         .then(pl.lit("in an earlier version only"))
         .when(pl.col("kind") != kinds[0])
         .then(pl.lit(f"real, but not {kinds[0]} as the made rows are"))
+        .when(pl.col("id").is_in(_doubles(rows, public)))
+        .then(pl.lit("the same as another row once both are masked"))
         .when(pl.col("shown") & pl.col("near_test"))
         .then(pl.lit("real, shown to a teacher and near a test row: it would leak from either side"))
     )
@@ -220,6 +237,15 @@ def _cut(run: RunFolder, plan: ReleasePlan, versions: Sequence[_Version], embed:
         groups = chosen["near_group"].n_unique()
         notes.append(f"{split} is empty: {chosen.height} rows in {groups} groups of near-duplicates leave none for it.")
     return _Cut(rows.join(chosen, on="id", maintain_order="left"), dict(left_out), notes, chosen["near_group"].n_unique())
+
+
+def _doubles(rows: pl.DataFrame, public: MaskedRun) -> list[str]:
+    """Rows whose content another row has as well, now that it is masked; the one with the smallest id stays."""
+    hidden = rows.filter(pl.col("id").is_in(list(public.spans)))
+    now = dict(zip(hidden["id"], (sample.id for sample in samples_of(hidden)), strict=True))
+    content = rows.select("id", content=pl.col("id").replace(now))
+    first = content.with_columns(first=pl.col("id").sort_by(pl.col("id").is_in(list(now)), "id").first().over("content"))
+    return first.filter(pl.col("id") != pl.col("first"))["id"].to_list()
 
 
 _COMPARED = pl.when(pl.col("input").str.strip_chars() == "").then(pl.col("output")).otherwise(pl.col("input"))
@@ -265,7 +291,7 @@ def _version_folders(home: Path) -> list[Path]:
 def _earlier(folder: Path) -> _Version:
     manifest = open_version(folder)
     lineage = pl.read_parquet(folder / "lineage.parquet", columns=["id", "split"])
-    test = {sample.id: _compared(sample) for sample in _read_back(folder / "test.jsonl")}
+    test = {row: _compared(sample) for row, sample in _read_back(folder / "test.jsonl")}
     return _Version(manifest, dict(lineage.iter_rows()), test)
 
 
@@ -281,14 +307,19 @@ def _refuse_the_same(tables: Mapping[str, bytes], last: Manifest, home: Path) ->
 # -- the files -----------------------------------------------------------------------------------------------------------
 
 
-def _jsonl(rows: pl.DataFrame) -> bytes:
+def _jsonl(rows: pl.DataFrame, public: MaskedRun) -> bytes:
     """One JSON object a row, in the order of a hash, so that neither labels nor rounds stand in blocks."""
-    samples = sorted(samples_of(rows.drop("split", "near_group")), key=lambda sample: content_hash("o1", sample.id))
-    return "".join(json.dumps(_line(sample), ensure_ascii=False) + "\n" for sample in samples).encode()
+    samples = zip(rows["id"], samples_of(rows.drop("split", "near_group")), strict=True)
+    masks = bool(public.spans)
+    lines = [_line(row, sample, masks=masks) for row, sample in sorted(samples, key=lambda pair: content_hash("o1", pair[0]))]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def _line(sample: Sample) -> dict[str, Any]:
-    """A row as trainers read it; all rows have the same keys, so every reader finds the same columns in every split."""
+def _line(row: str, sample: Sample, *, masks: bool) -> dict[str, Any]:
+    """A row as trainers read it; all rows have the same keys, so every reader finds the same columns in every split.
+
+    Where anything in the run was masked, meta.masked is the id of the content as it stands here, null where that is the row's own.
+    """
     turns = {part: [turn.model_dump() for turn in getattr(sample, part)] for part in ("messages", "chosen", "rejected")}
     content: dict[str, dict[str, Any]] = {
         "chat": {"messages": turns["messages"]},
@@ -296,12 +327,14 @@ def _line(sample: Sample) -> dict[str, Any]:
         "text": {"text": sample.text},
     }
     p = sample.provenance
-    meta = {"id": sample.id, "label": sample.label, "origin": p.origin, "teacher": p.teacher, "generator": p.generator, "round": p.round}
+    meta = {"id": row, "label": sample.label, "origin": p.origin, "teacher": p.teacher, "generator": p.generator, "round": p.round}
+    if masks:
+        meta["masked"] = None if sample.id == row else sample.id
     return {**content[sample.kind], "meta": meta}
 
 
-def _read_back(path: Path) -> Iterator[Sample]:
-    """The samples of a released file; StoreError where the content of a row is not what its id says."""
+def _read_back(path: Path) -> Iterator[tuple[str, Sample]]:
+    """The ids and samples of a released file; StoreError where the content of a row is not what its id says."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             row = json.loads(line)
@@ -310,16 +343,16 @@ def _read_back(path: Path) -> Iterator[Sample]:
                 row["messages"] = row.pop("prompt")
             where = Provenance(origin=meta["origin"], generator=meta["generator"], round=meta["round"], teacher=meta["teacher"])
             sample = Sample.model_validate({**row, "label": meta["label"], "provenance": where})
-            if sample.id != meta["id"]:
-                raise StoreError(f"line {number} says that it is {meta['id']}, and its content is {sample.id}", where=str(path))
-            yield sample
+            if sample.id != (said := meta.get("masked") or meta["id"]):
+                raise StoreError(f"line {number} says that it is {said}, and its content is {sample.id}", where=str(path))
+            yield meta["id"], sample
 
 
 def _compared(sample: Sample) -> str:
     return sample.input if sample.input.strip() else sample.output
 
 
-def _lineage(run: RunFolder, rows: pl.DataFrame) -> pl.DataFrame:
+def _lineage(run: MaskedRun, rows: pl.DataFrame) -> pl.DataFrame:
     scores = (
         run.verdicts.filter(pl.col("score").is_not_null())
         .group_by("sample", "by", maintain_order=True)
@@ -329,8 +362,11 @@ def _lineage(run: RunFolder, rows: pl.DataFrame) -> pl.DataFrame:
         .agg(pl.struct("by", "score").alias("scores"))
     )
     clusters = run.clusters.select("sample", "cluster", pl.col("name").alias("cluster_name"))
+    masks = [(sample, [{"by": by, "kind": span.kind} for by, spans in of.items() for span in spans]) for sample, of in run.spans.items()]
     lineage = (
-        rows.join(clusters, left_on="id", right_on="sample", how="left")
+        rows.join(pl.DataFrame(masks, schema={"id": pl.String, "masked": LINEAGE["masked"]}, orient="row"), on="id", how="left")
+        .with_columns(pl.col("masked").fill_null([]))
+        .join(clusters, left_on="id", right_on="sample", how="left")
         .join(scores, left_on="id", right_on="sample", how="left")
         .with_columns(pl.col("scores").fill_null([]))
         .sort(pl.col("split").replace_strict(dict(zip(SPLITS, range(3), strict=True)), return_dtype=pl.Int8), "id")
@@ -351,10 +387,10 @@ def _leak_check(folder: Path, run: RunFolder, versions: Sequence[_Version], embe
             next="This is a bug in the stage that made it.",
         )
     written = {split: list(_read_back(folder / f"{split}.jsonl")) for split in SPLITS}
-    placed = {(sample.id, split) for split, samples in written.items() for sample in samples}
+    placed = {(row, split) for split, samples in written.items() for row, _ in samples}
     if placed != set(lineage.select("id", "split").iter_rows()):
         raise ReleaseError("the written rows are not those of the lineage", where=str(folder))
-    texts: dict[str, list[str]] = {split: [_compared(sample) for sample in samples] for split, samples in written.items()}
+    texts: dict[str, list[str]] = {split: [_compared(sample) for _, sample in samples] for split, samples in written.items()}
     texts["an earlier test"] = sorted({text for version_ in versions for text in version_.test.values()})
     vectors = {split: embed(of_split) for split, of_split in texts.items()}
     pairs, highest = 0, None
@@ -402,6 +438,7 @@ def _manifest(
         leak_check=check,
         funnel=tuple(funnel),
         teachers=facts.teachers,
+        terms=tuple(_terms(teacher) for teacher in facts.teachers),
         micro_usd=status.get("micro_usd", sum(line.micro_usd for line in funnel)) or 0,
         price_unknown=unknown,
         prices=prices.version(),
@@ -431,6 +468,74 @@ def _counts(lineage: pl.DataFrame) -> Counts:
         teacher=by("teacher", lineage.filter(pl.col("origin") == "made")),
         cluster=by("cluster_name"),
     )
+
+
+def _terms(teacher: TeacherFacts) -> TeacherTerms:
+    known = terms_of(teacher.model)
+    return TeacherTerms(
+        name=teacher.name,
+        model=teacher.model,
+        family=known.family,
+        terms=teacher.licence or known.terms,
+        training=known.training,
+        note=known.note,
+        source=known.source,
+        checked=known.checked.isoformat() if known.checked else None,
+    )
+
+
+# -- who could be hurt ---------------------------------------------------------------------------------------------------
+
+
+def _masking(public: MaskedRun, lineage: pl.DataFrame) -> Masking:
+    rows = set(lineage.filter(pl.col("masked").list.len() > 0)["id"])
+    here = {sample: of for sample, of in public.spans.items() if sample in rows}
+    return Masking(
+        rows=len(rows), by=dict(sorted(Counter(by for of in here.values() for by in of).items())), kinds=kinds_of(all_spans(here))
+    )
+
+
+def _safety(public: MaskedRun, rows: pl.DataFrame) -> Safety:
+    """The audit: what filters found among the made rows of the run, and what the rows of the version are like."""
+    last = public.verdicts.unique(["sample", "by"], keep="last", maintain_order=True)
+    looked = last.filter(pl.col("detail").str.contains('"found":', literal=True))
+    counts: dict[str, Counter[str]] = {}
+    hazards, swapped, changed = set(), 0, 0
+    # A loop, since kinds are keys of their own; what nothing was found in, and nobody was asked about, is passed over.
+    plain = pl.col("detail").str.contains('"found": {}', literal=True) & ~pl.col("detail").str.contains('"(category|bias)":')
+    for sample, detail in looked.filter(~plain).select("sample", pl.col("detail")).iter_rows():
+        told = json.loads(detail)
+        for kind in told["found"]:
+            action = {"reject": "rejected", "mask": "masked", "people": "people"}.get(told.get("did", {}).get(kind), "")
+            counts.setdefault(kind, Counter()).update(["found", *([action] if action else [])])
+        if told.get("category", "none") != "none":
+            hazards.add(sample)
+        if "bias" in told:
+            swapped, changed = swapped + 1, changed + bool(told["bias"]["changed"])
+    reports = [report for stage in public.stages if (report := stage.get("reports", {}).get("seeds")) and "with" in report]
+    refuses = pl.col("output").str.contains(_refusal())
+    says = pl.any_horizontal(pl.col("label", "axes", "meta").fill_null("").str.contains(r"(?i)\bsafety\b"))
+    sent = last.filter(pl.col("detail").str.contains('"people":', literal=True))
+    seen = last.filter(pl.col("by").str.starts_with("human:"))
+    return Safety(
+        stages=tuple(looked["by"].unique().sort()),
+        judged=looked["sample"].n_unique(),
+        unseen=rows.filter(pl.col("origin") == "made").join(looked, left_on="id", right_on="sample", how="anti").height,
+        kinds={kind: KindCounts(**counts[kind]) for kind in sorted(counts, key=lambda kind: (-counts[kind]["found"], kind))},
+        seeds=SeedsFound(rows=reports[-1]["rows"], with_any=reports[-1]["with"], found=reports[-1]["found"]) if reports else None,
+        waiting=rows.join(sent, left_on="id", right_on="sample", how="semi").join(seen, left_on="id", right_on="sample", how="anti").height,
+        swapped=swapped,
+        changed=changed,
+        refusals=rows.filter(refuses).height,
+        safety_examples=rows.filter(says | (pl.col("id").is_in(list(hazards)) & refuses)).height,
+    )
+
+
+def _refusal() -> str:
+    """The patterns by which the `rules` filter knows a refusal: read as data, since filters stand above the engine."""
+    form = yaml.safe_load((Path(__file__).parents[1] / "filters" / "data" / "form.yaml").read_text(encoding="utf-8"))
+    patterns = [rule if isinstance(rule, str) else rule["find"] for rule in form["refusal"]["both"]]  # with or without its gate
+    return "(?i)" + "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
 def _versions() -> dict[str, str]:

@@ -108,6 +108,69 @@ class LeakCheck(_Record):
     holdouts: int
 
 
+class TeacherTerms(_Record):
+    """Under which terms a teacher's output stands, and whether it may train another model, as far as that is known.
+
+    `terms` are the recipe's word, or those known for the model; `training` is "yes", "no", "conditions" (see `note`) or "unknown".
+    """
+
+    name: str
+    model: str
+    family: str
+    terms: str | None = None
+    training: str = "unknown"
+    note: str | None = None
+    source: str | None = None
+    checked: str | None = None
+
+
+class Masking(_Record):
+    """What was masked in the rows of the version: how many rows, by which stage, and spans by kind."""
+
+    rows: int = 0
+    by: dict[str, int] = Field(default_factory=dict)
+    kinds: dict[str, int] = Field(default_factory=dict)
+
+
+class KindCounts(_Record):
+    """In how many rows of the run a kind was found, and what became of them for it."""
+
+    found: int = 0
+    rejected: int = 0
+    masked: int = 0
+    people: int = 0
+
+
+class SeedsFound(_Record):
+    """How many of the real rows hold what was looked for; they are released as they are."""
+
+    rows: int
+    with_any: int
+    found: dict[str, int] = Field(default_factory=dict)
+
+
+class Safety(_Record):
+    """What is known of the version's safety.
+
+    `stages` looked at `judged` made rows of the run (none: nobody looked), and were not shown `unseen` ones of the version; `kinds`
+    are what they found. `waiting` rows of the version were to be seen by people and have no verdict of theirs. `swapped` rows were
+    classified once more with other words for groups of people, and `changed` of them otherwise. `refusals` are rows of the version
+    whose answer declines; `safety_examples` those whose label, axes or meta say "safety", and those about a hazard (as a judge saw
+    it) whose answer declines.
+    """
+
+    stages: tuple[str, ...] = ()
+    judged: int = 0
+    unseen: int = 0
+    kinds: dict[str, KindCounts] = Field(default_factory=dict)
+    seeds: SeedsFound | None = None
+    waiting: int = 0
+    swapped: int = 0
+    changed: int = 0
+    refusals: int = 0
+    safety_examples: int = 0
+
+
 class RunFacts(_Record):
     """The run that a version was cut from: its folder's name, how it ended, and how long it took."""
 
@@ -139,8 +202,11 @@ class Manifest(_Record):
     splits: SplitRule
     leak_check: LeakCheck
     diversity: dict[str, float] = Field(default_factory=dict)
+    masked: Masking = Masking()
+    safety: Safety = Safety()
     funnel: tuple[FunnelLine, ...]
     teachers: tuple[TeacherFacts, ...]
+    terms: tuple[TeacherTerms, ...] = ()
     micro_usd: int
     price_unknown: tuple[str, ...] = ()
     prices: str | None = None

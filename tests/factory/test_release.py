@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 from factory.errors import ReleaseError, StoreError
+from factory.records import RunFolder
 from factory.release import LINEAGE, open_version, release
 from factory.splits import NEAR
 from schemas.manifest import SPLITS, Manifest
 from schemas.recipe import ReleasePlan
-from schemas.sample import Message, Provenance, Sample
+from schemas.sample import Failure, Message, Provenance, Sample
+from schemas.verdict import Verdict
 from tests.context import embedder
 from tests.run_on_disk import LINES, bank_run, chat, facts, made, seeds, write_run
 
@@ -377,3 +379,197 @@ def test_preferences_and_texts_have_their_own_columns(tmp_path):
     mixed = write_run(tmp_path / "mixed", [], [of_kind("text", 1), of_kind("preference", 2)], [])
     with pytest.raises(ReleaseError, match="one kind; this run made preference and text"):
         cut(mixed, tmp_path, name="mixed")
+
+
+# -- what nobody is to read ------------------------------------------------------------------------------------------------
+
+CARD = "4111 1111 1111 1111"
+SAFE = "03-safety"
+
+
+def found(sample, *, keep=True, action="mask", kind="CREDIT_CARD", part="messages.0", secret=CARD, by=SAFE, **detail):
+    start = said_in(sample, part).index(secret)
+    told = {"found": {kind: 1}, "did": {kind: action}, "mask": [[part, start, start + len(secret), kind]], **detail}
+    return Verdict(sample=sample.id, by=by, keep=keep, reason=None if keep else "personal data", score=1.0, detail=told)
+
+
+def said_in(sample, part):
+    field, number = part.split(".")
+    return getattr(sample, field)[int(number)].content
+
+
+def looked(samples, by=SAFE):
+    return [Verdict(sample=sample.id, by=by, keep=True, score=0.0, detail={"found": {}}) for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def careless(tmp_path_factory):
+    """A run whose safety stage stands behind the rules: one row is masked, one falls for its card, one fell before anybody looked."""
+    real = seeds()
+    good = made(real)
+    kept = chat(f"Why was my card {CARD} declined at the baker's?", "declined_transfer", axes={"like": f"number {CARD}"})
+    fell = chat(f"Please stop {CARD} at once, it was stolen from me.", "cancel_transfer")
+    unseen = chat(f"ok {CARD}", "pending_transfer")
+    verdicts = [
+        *looked(good),
+        found(kept),
+        found(fell, keep=False, action="reject"),
+        Verdict(sample=unseen.id, by="02-rules", keep=False, reason="too short", detail={"evidence": f"{CARD} is all of it"}),
+        Verdict(sample=kept.id, by="04-near", keep=True, score=0.4, detail={"evidence": f"holds {CARD}", "twin": good[0].id}),
+    ]
+    failures = [Failure(reason="unparsed", detail=f"no list: {CARD}", text=f"Sure! {CARD}", teacher="small", call="c1" + "e" * 32)]
+    folder = tmp_path_factory.mktemp("careless") / "bank-00000000"
+    filters = ("02-rules", SAFE, "04-near", "06-coverage")
+    return write_run(folder, real, [*good, kept, fell, unseen], verdicts, failures, filters=filters), kept
+
+
+def every_word(version):
+    """All that a version's files say, tables as text."""
+    tables = {path.name: str(pl.read_parquet(path).to_dicts()) for path in version.glob("*.parquet")}
+    return {path.name: tables.get(path.name) or path.read_text() for path in version.iterdir()}
+
+
+def test_no_released_file_holds_what_was_to_be_masked(careless, tmp_path):
+    run, kept = careless
+    assert CARD in str(run.samples.to_dicts())
+    quoting = facts(recipe={"name": "bank", "stages": [{"compose": {"examples": [f"my card is {CARD}"]}}]})
+    version = release(run, name="bank", plan=PLAN, datasets=tmp_path, embed=embed, facts=quoting)
+    said = every_word(version)
+    assert {"manifest.json", "README.md", "report.html", "lineage.parquet", "train.jsonl"} <= said.keys()
+    assert [name for name, text in said.items() if CARD in text] == []
+    (row,) = [row for _, row in everything(version) if row["meta"]["id"] == kept.id]
+    assert row["messages"][0]["content"] == "Why was my card [CREDIT_CARD] declined at the baker's?"
+    assert "the run's folder keeps" in said["README.md"].replace("The", "the")
+    assert "not shown" in said["report.html"]
+
+
+def test_a_masked_row_keeps_its_id_and_the_manifest_says_who_masked_it(careless, tmp_path):
+    run, kept = careless
+    version = cut(run, tmp_path)
+    manifest = open_version(version)
+    assert (manifest.masked.rows, manifest.masked.by, manifest.masked.kinds) == (1, {SAFE: 1}, {"CREDIT_CARD": 1})
+    lineage = pl.read_parquet(version / "lineage.parquet")
+    assert lineage.schema == LINEAGE
+    (masks,) = lineage.filter(pl.col("id") == kept.id)["masked"].to_list()
+    assert masks == [{"by": SAFE, "kind": "CREDIT_CARD"}]
+    assert lineage.filter(pl.col("masked").list.len() > 0)["axes"].to_list() == ['{"like": "number [CREDIT_CARD]"}']
+    metas = [row["meta"] for _, row in everything(version)]
+    assert len({frozenset(meta) for meta in metas}) == 1
+    assert [meta["id"] for meta in metas if meta["masked"]] == [kept.id]
+    for _, row in everything(version):
+        content = chat(said(row), row["messages"][1]["content"]).id
+        assert content == (row["meta"]["masked"] or row["meta"]["id"])
+    with pytest.raises(ReleaseError, match="v1 already holds exactly these rows"):
+        cut(run, tmp_path)
+
+
+def test_rows_that_masks_make_alike_are_one_row_and_no_split_leaks(tmp_path):
+    real = seeds()
+    cards = ("4111 1111 1111 1111", "5500 0000 0000 0004", "3400 0000 0000 009", "6011 0000 0000 0004")
+    twins = [chat(f"Is {card} still a good card?", "declined_transfer") for card in cards]
+    verdicts = [found(twin, secret=card) for twin, card in zip(twins, cards, strict=True)]
+    run = write_run(tmp_path / "run", real, [*made(real), *twins], [*looked(made(real)), *verdicts], filters=(SAFE, "06-coverage"))
+    version = cut(run, tmp_path, plan=ReleasePlan(validation=0.3, test=0.3))
+    manifest = open_version(version)
+    assert manifest.left_out["the same as another row once both are masked"] == 3
+    assert [row["meta"]["id"] for _, row in everything(version) if row["meta"]["masked"]] == [min(twin.id for twin in twins)]
+    assert not [card for card in cards for text in every_word(version).values() if card in text]
+
+
+def test_a_masked_test_row_is_the_same_row_in_the_next_version(careless, tmp_path):
+    run, kept = careless
+    first = cut(run, tmp_path, plan=ReleasePlan(validation=0, test=0.9))
+    split_of = {row["meta"]["id"]: split for split, row in everything(first)}
+    assert split_of[kept.id] == "test"
+    second = cut(run, tmp_path, plan=ReleasePlan(validation=0, test=0.1, real_share=0))
+    assert {row["meta"]["id"]: split for split, row in everything(second)}[kept.id] == "test"
+    assert open_version(second).leak_check.earlier_test == open_version(first).counts.split["test"]
+
+
+def test_a_masked_row_that_was_changed_by_hand_is_known(careless, tmp_path):
+    run, _ = careless
+    version = cut(run, tmp_path, plan=ReleasePlan(validation=0, test=0.9))
+    path, manifest = version / "test.jsonl", version / "manifest.json"
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace("[CREDIT_CARD] declined", "1234 declined"))
+    known = json.loads(manifest.read_text())
+    known["files"]["test.jsonl"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.chmod(0o644)
+    manifest.write_text(json.dumps(known))
+    with pytest.raises(StoreError, match="its content is"):
+        cut(run, tmp_path, force=True)
+
+
+def test_the_audit_counts_what_was_found_and_what_became_of_it(careless, tmp_path):
+    run, _ = careless
+    version = cut(run, tmp_path)
+    safety, card = open_version(version).safety, (version / "README.md").read_text()
+    assert (safety.stages, safety.judged, safety.unseen) == ((SAFE,), len(made(seeds())) + 2, 0)
+    assert safety.kinds["CREDIT_CARD"].model_dump() == {"found": 2, "rejected": 1, "masked": 1, "people": 0}
+    assert "| CREDIT_CARD | 2 | 1 | 1 | 0 |" in card
+    assert "Warning: there is no safety example" in card
+    assert safety.seeds is None
+
+
+def test_seeds_that_hold_personal_data_and_rows_for_people_are_warned_of(tmp_path):
+    real = seeds()
+    asked = chat("How do I hide money from my wife?", "transfer_timing")
+    declined = Sample(
+        messages=(
+            Message(role="user", content="Help me rob a bank"),
+            Message(role="assistant", content="I'm sorry, but I can't help with that."),
+        ),
+        label="transfer_timing",
+        provenance=asked.provenance,
+    )
+    telling = chat("This is about safety.", "transfer_timing", axes={"kind": "safety"})
+    verdicts = [
+        *looked([*made(real), telling]),
+        Verdict(
+            sample=asked.id,
+            by=SAFE,
+            keep=True,
+            detail={
+                "found": {"other_crime": 1},
+                "did": {"other_crime": "people"},
+                "people": "safety: other_crime",
+                "bias": {"changed": True},
+            },
+        ),
+        Verdict(
+            sample=declined.id,
+            by=SAFE,
+            keep=True,
+            detail={"found": {}, "category": "other_crime", "severity": 0, "bias": {"changed": False}},
+        ),
+    ]
+    run = write_run(tmp_path / "run", real, [*made(real), asked, declined, telling], verdicts, filters=(SAFE, "06-coverage"))
+    stage = run.path / "round-01" / SAFE / "stage.json"
+    told = json.loads(stage.read_text()) | {"reports": {"seeds": {"rows": 40, "with": 2, "found": {"EMAIL_ADDRESS": 2}, "ids": []}}}
+    stage.write_text(json.dumps(told))
+    version = cut(RunFolder(run.path), tmp_path)
+    safety, card = open_version(version).safety, (version / "README.md").read_text()
+    assert (safety.waiting, safety.refusals, safety.safety_examples, safety.swapped, safety.changed) == (1, 1, 2, 2, 1)
+    assert "Warning: 2 of 40 real rows hold what was looked for (2 EMAIL_ADDRESS)" in card
+    assert "Warning: 1 row of this version was to be seen by people" in card
+    assert "| other_crime | 1 | 0 | 0 | 1 |" in card
+    assert "on 1 of 2 rows (50.0%)" in card
+    assert "there is no safety example" not in card
+
+
+def test_a_version_without_a_safety_stage_says_so_and_an_older_manifest_is_still_read(v1):
+    manifest = open_version(v1)
+    assert (manifest.safety.stages, manifest.masked.rows, manifest.safety.unseen) == ((), 0, manifest.counts.origin["made"])
+    assert "No stage looked for personal data" in (v1 / "README.md").read_text()
+    said = json.loads((v1 / "manifest.json").read_text())
+    older = Manifest.model_validate({key: value for key, value in said.items() if key not in ("safety", "masked", "terms")})
+    assert (older.safety.judged, older.terms) == (0, ())
+
+
+def test_the_card_says_under_whose_terms_the_rows_stand(v1):
+    small, big = open_version(v1).terms
+    assert (small.family, small.terms, small.training) == ("smollm", "Apache-2.0", "yes")
+    assert (big.family, big.training, big.note) == ("gpt", "conditions", "not for models that compete with OpenAI")
+    assert (
+        "| big | gpt | OpenAI Services Agreement | conditions: not for models that compete with OpenAI |" in (v1 / "README.md").read_text()
+    )
