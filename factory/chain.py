@@ -25,7 +25,7 @@ import polars as pl
 from factory import rounds
 from factory.embed import Embedder, open_embedder
 from factory.errors import BudgetSpent, RunError
-from factory.gateway import NOT_OF_SCHEMA, Gateway, filled
+from factory.gateway import NOT_OF_SCHEMA, UNKNOWN, Gateway, filled
 from factory.progress import RunState, StageState
 from factory.recipe import Recipe, StageLine
 from factory.records import COSTS, LAYOUT
@@ -48,6 +48,7 @@ class World:
 
     seeds: pl.DataFrame
     kept: pl.DataFrame
+    holdout: pl.DataFrame = field(default_factory=SAMPLES.to_frame)
     quality: pl.DataFrame = field(default_factory=QUALITY.to_frame)
     needs: tuple[Need, ...] = ()
     worth: Mapping[str, float | None] = field(default_factory=dict)
@@ -292,8 +293,9 @@ class _StageContext:
         self.stage, self.round = line.folder, number
         self.rng = random.Random(f"{stages.recipe.seed}/{line.folder}/{number}")
         self.seeds, self.kept, self.needs, self.worth = world.seeds, world.kept, world.needs, world.worth
-        self.quality = world.quality
+        self.holdout, self.quality = world.holdout, world.quality
         self.teachers = tuple(stages.recipe.teachers)
+        self.models = {name: teacher.model for name, teacher in stages.recipe.teachers.items()}
         self.tally = Tally()
         self._counting = threading.Lock()  # batches of a filter may be judged at once
         self._drains = isinstance(line.stage, Filter)
@@ -342,7 +344,7 @@ class _StageContext:
                 came = {"calls": 1, "from_ledger": int(not answer.fresh), "tokens_in": 0, "tokens_out": 0, "micro_usd": paid}
                 tally.teachers.setdefault(who, Counter()).update(came)
             tally.unanswered[(answer.error or "failed").split(":")[0][:60]] += 1
-            failed = tally.unanswered.total() - tally.unanswered[BUDGET_SPENT]
+            failed = tally.unanswered.total() - tally.unanswered[BUDGET_SPENT] - tally.unanswered[UNKNOWN]
             if failed >= _ENOUGH_TO_GIVE_UP and failed > tally.answered:
                 raise RunError(
                     f"{failed} of {tally.answered + failed} calls failed, last: {answer.error}",

@@ -141,6 +141,76 @@ def show(recipe: Path, sample: str | None, number: int, rejected: bool, reason: 
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="STAGE.FIELD=VALUE",
+    help="Another setting of a filter, such as judge.at_least=3 or rules.output.max_words=20; may be given several times.",
+)
+@click.option("--without", multiple=True, metavar="STAGE", help="Leave this filter out.")
+@click.option("--keep", is_flag=True, help="Keep the result as the run of the changed recipe, for `release` and `run`.")
+@click.option("-n", "--number", default=5, show_default=True, help="How many of the rows to print that come in, and that go.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_told
+def rejudge(recipe: Path, settings: tuple[str, ...], without: tuple[str, ...], keep: bool, number: int, as_json: bool) -> None:
+    """Judge the samples of RECIPE's run again by other settings, asking nobody, and show what would change.
+
+    Without --set and --without: by RECIPE as it stands now, on the samples of its last run before it was changed.
+    """
+    from factory.rejudge import changes_of, table
+
+    changes = changes_of(_recipe(recipe), home(), settings=settings, without=without, keep=keep)
+    if as_json:
+        from json import dumps
+
+        click.echo(dumps(changes.data(), indent=2, ensure_ascii=False))
+    else:
+        _print(table(changes, number))
+
+
+@main.command("judge-report")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--labels",
+    "files",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    multiple=True,
+    help="People's labels besides those of reviews: JSON lines or CSV with `sample` (or `input` and `output`) and `keep` (or `score`).",
+)
+@click.option("--stage", help="Another filter than those that ask a model or rank.")
+@click.option(
+    "--precision",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.9,
+    show_default=True,
+    help="Seek the threshold from which on so large a share of what is kept is good.",
+)
+@click.option("--save", is_flag=True, help="Remember how far people agree now; later labels are held against it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_told
+def judge_report(recipe: Path, files: tuple[Path, ...], stage: str | None, precision: float, save: bool, as_json: bool) -> None:
+    """Say what the judges of RECIPE's run are worth: against people's labels, with intervals; how often a place or length decides.
+
+    Exit status: 4 where people agree with a judge less than when it was calibrated.
+    """
+    from factory.judging import judge_report as measure
+    from factory.judging import table
+    from factory.publish import run_of
+
+    read = _recipe(recipe)
+    found = measure(read, run_of(read, home()), home(), files=files, stage=stage, precision=precision, save=save)
+    if as_json:
+        from json import dumps
+
+        click.echo(dumps([judged.data() for judged in found], indent=2, ensure_ascii=False))
+    else:
+        _print(table(found, precision))
+    sys.exit(4 if any(judged.alarm for judged in found) else 0)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Release even where the last version holds exactly these rows.")
 @_told
 def release(recipe: Path, force: bool) -> None:

@@ -38,6 +38,7 @@ READ_AHEAD = 8  # calls that are entered and wait for a slot of their teacher, b
 MOST_WAITING = 4096  # calls of one ask that wait while another teacher than theirs is idle
 BACKOFF_S, BACKOFF_CAP_S = 0.5, 60.0
 NOT_OF_SCHEMA = "not of the schema"  # how the error of such an answer begins
+UNKNOWN = "not in the ledger"  # the error of a call that was not asked because only known answers were wanted
 AGAIN_DRAW = 1 << 40  # from one draw of a question to that which is asked in its stead; far beyond what stages number
 LONG_TEXT = 10_000  # characters
 ELSEWHERE_S = 0.2  # between two looks for an answer that another process is getting
@@ -167,7 +168,8 @@ class _Asking:
 class Gateway:
     """Asks teachers on behalf of one run; a context. `budget_micro_usd` None: no limit. `home`: for the teachers' log files.
 
-    `retry_failed`: a question of which the ledger holds only answers that fit no schema is asked once more.
+    `retry_failed`: a question of which the ledger holds only answers that fit no schema is asked once more. `known_only`: nothing
+    is asked; what the ledger does not hold comes back without a reply, with the error UNKNOWN.
     """
 
     def __init__(
@@ -179,9 +181,10 @@ class Gateway:
         run: str,
         budget_micro_usd: int | None,
         retry_failed: bool = False,
+        known_only: bool = False,
     ) -> None:
         self._teachers, self._ledger, self._home, self._run, self._budget = teachers, ledger, home, run, budget_micro_usd
-        self._retry_failed = retry_failed
+        self._retry_failed, self._known_only = retry_failed, known_only
         self._desks: dict[str, _Desk] = {}
         self._inbox: deque[tuple[Call, _Asking]] = deque()
         self._inbox_seen = True
@@ -295,7 +298,8 @@ class Gateway:
             if batching := teacher.batching():
                 ways = self._ledger, self._home, self._connections
                 desk.batcher = Batcher(name, teacher, batching, *ways, desk.bought, self._batch_closed)
-        await self._adopt()
+        if not self._known_only:
+            await self._adopt()
 
     async def _adopt(self) -> None:
         """Look after the batches that an ended process, or an earlier gateway, left behind."""
@@ -413,6 +417,9 @@ class Gateway:
     async def _ask_some(self, call: Call, desk: _Desk, asking: _Asking) -> Answer:
         """Ask the call's teacher, or the one that stands in for it while it is down."""
         stands_in = self._desks[desk.teacher.fallback] if desk.teacher.fallback else None
+        if self._known_only:
+            desks = [desk, stands_in] if stands_in else [desk]
+            return await self._answered_by(call, desks) or _answered(call, await self._question(call, desk), None, desk, error=UNKNOWN)
         if stands_in is not None and (known := await self._answered_by(call, [desk, stands_in])):
             return known  # what the one that stood in has answered before is paid for
         try:
@@ -427,7 +434,7 @@ class Gateway:
 
     async def _answered_by(self, call: Call, desks: Sequence[_Desk]) -> Answer | None:
         """The answer that the ledger holds from the first of these teachers that has given one."""
-        questions = [Question.of(desk.sent(call), await self._identity(desk)) for desk in desks]
+        questions = [await self._question(call, desk) for desk in desks]
         known = await self._ledger.look([question.key for question in questions])
         for question, desk in zip(questions, desks, strict=True):
             if answer := known.get(question.key):
@@ -436,7 +443,10 @@ class Gateway:
         return None
 
     async def _is_known(self, call: Call, desk: _Desk) -> bool:
-        return bool(await self._ledger.look([Question.of(desk.sent(call), await self._identity(desk)).key]))
+        return bool(await self._ledger.look([(await self._question(call, desk)).key]))
+
+    async def _question(self, call: Call, desk: _Desk) -> Question:
+        return Question.of(desk.sent(call), await self._identity(desk))
 
     async def _ask_one(self, call: Call, desk: _Desk, asking: _Asking) -> Answer:
         sent = desk.sent(call)

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from factory.diversity import FIGURES, diversity, hash_order
+from factory.judging import measured
 from factory.records import TARGET, RunFolder
 from factory.stage import Vectors
 from factory.store import write_bytes
@@ -82,6 +83,7 @@ def write_report(
         clusters=_clusters(run, samples),
         diversity=varied,
         rejects=_rejects(run, samples),
+        judges=_judges(run, samples),
         twins=_twins(run, samples),
         failures=_failures(run),
         teachers=_teachers(samples, facts),
@@ -321,6 +323,27 @@ def _rejects(run: RunFolder, samples: pl.DataFrame) -> list[dict[str, Any]]:
                 "scores": _histogram(kept, out["score"].drop_nulls()),
             }
         )
+    return filters
+
+
+def _judges(run: RunFolder, samples: pl.DataFrame) -> list[dict[str, Any]]:
+    """Of every filter that asked a model, or sends rows to people: its judges, what place and length decided, and such rows."""
+    asked = run.verdicts.filter(pl.col("detail").str.contains(r'"(?:teacher|people)": "'))
+    shown = dict(samples.select("id", "shown").iter_rows())
+    filters = []
+    for by in asked["by"].unique().sort():
+        judged, _ = measured(run, by)
+        people = (
+            asked.filter((pl.col("by") == by) & pl.col("detail").str.contains('"people": "', literal=True)).unique("sample").sort("sample")
+        )
+        told = [
+            (name, f"{value:g}" if isinstance(value, float) else str(value))
+            for name, value in judged.told.items()
+            if isinstance(value, int | float | str)
+        ]
+        why = people.head(EXAMPLES).select("sample", pl.col("detail").str.json_path_match("$.people"), "score")
+        examples = [{"text": shown.get(sample, sample), "why": reason, "score": score} for sample, reason, score in why.iter_rows()]
+        filters.append({"by": by, "judged": judged, "told": told, "people": examples})
     return filters
 
 

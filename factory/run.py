@@ -53,8 +53,8 @@ def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "q
     """
     folder = recipe.run_folder(home)
     with ExitStack() as stack:
-        stack.enter_context(_locked(folder))
-        _open_folder(folder, recipe)
+        stack.enter_context(locked(folder))
+        open_folder(folder, recipe)
         ledger = stack.enter_context(open_ledger(home))
         micro = recipe.target.budget_micro_usd
         gateway = stack.enter_context(
@@ -63,7 +63,7 @@ def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "q
         state = RunState(recipe.name, recipe.target.accepted, micro, meter=gateway)
         try:
             with shown(state, view):
-                _Mill(recipe, folder, ledger, gateway, state).turn(retry_failed=retry_failed)
+                Mill(recipe, folder, ledger, gateway, state).turn(retry_failed=retry_failed)
         except KeyboardInterrupt:
             if view != "quiet" and (waiting := gateway.snapshot().in_flight):
                 answers = "an answer that is" if waiting == 1 else f"{waiting} answers that are"
@@ -84,11 +84,11 @@ def _failed(stage: Mapping[str, Any]) -> dict[str, int]:
     return {reason: n for reason, n in stage.get("unanswered", {}).items() if reason != BUDGET_SPENT}
 
 
-class _Mill:
-    """One process's work on one run."""
+class Mill:
+    """One process's work on one run. `last`: the round after which it ends, met or not, and nothing that was cut short is done again."""
 
-    def __init__(self, recipe: Recipe, folder: Path, ledger: Ledger, gateway: Gateway, state: RunState) -> None:
-        self.recipe, self.folder, self.ledger, self.state = recipe, folder, ledger, state
+    def __init__(self, recipe: Recipe, folder: Path, ledger: Ledger, gateway: Gateway, state: RunState, *, last: int | None = None) -> None:
+        self.recipe, self.folder, self.ledger, self.state, self.last = recipe, folder, ledger, state, last
         self.stages = Stages(recipe, folder, gateway, state)
         self._started = time.monotonic()
         self._before_s = float(read_json(folder / "run.json").get("seconds", 0.0))
@@ -96,7 +96,8 @@ class _Mill:
     def turn(self, *, retry_failed: bool = False) -> None:
         """Work until the run is done or short, and write which."""
         try:
-            self._reopen(retry_failed=retry_failed)
+            if self.last is None:
+                self._reopen(retry_failed=retry_failed)
             status, reason = self._turn()
         except BaseException as error:
             self._write_status("stopped", str(error) or type(error).__name__)
@@ -126,6 +127,8 @@ class _Mill:
                     return "short", f"{budget} is spent" if spent else f"not one call fits into {budget}: each is reserved at its worst"
                 if idle >= rounds.STALLED_ROUNDS:
                     return "short", f"{idle} rounds in a row gave no accepted row"
+                if self.last is not None and number > self.last:
+                    return "short", f"the rounds that were judged again ({self.last}) are used up"
                 if number > self.recipe.target.rounds:
                     return "short", f"target.rounds ({self.recipe.target.rounds}) are used up"
                 self._round(number, record, quota, have)
@@ -161,6 +164,7 @@ class _Mill:
         world = World(
             seeds=record.of_fate("real"),
             kept=record.of_fate("real", "accepted"),
+            holdout=record.of_fate("holdout"),
             needs=self._needs(record, number, quota, have),
             worth=self._worth(record, number),
         )
@@ -254,6 +258,7 @@ class _Mill:
                 "layout": LAYOUT,
                 "name": self.recipe.name,
                 "digest": self.recipe.digest,
+                "files": self.recipe.hashes,
                 "status": status,
                 "reason": reason,
                 "wanted": self.recipe.target.accepted,
@@ -276,17 +281,17 @@ def _streams(line: StageLine) -> bool:
     return isinstance(line.stage, Generator) or (isinstance(line.stage, Filter) and line.stage.scope == "sample")
 
 
-def _open_folder(folder: Path, recipe: Recipe) -> None:
+def open_folder(folder: Path, recipe: Recipe) -> None:
     """Make the run's folder, or check that the one there is of this layout."""
     path = folder / "run.json"
     status = RunFolder(folder).status if path.exists() else {"seconds": 0.0}
-    status |= {"layout": LAYOUT, "name": recipe.name, "digest": recipe.digest, "status": "running", "reason": ""}
+    status |= {"layout": LAYOUT, "name": recipe.name, "digest": recipe.digest, "files": recipe.hashes, "status": "running", "reason": ""}
     write_bytes(folder / "recipe.yaml", recipe.text.encode())  # as it is now: its budget may have been raised
     write_json(path, status)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the run's folder; the lock goes with the process, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -298,7 +298,7 @@ def duplicates(found: Found, out: Path | None) -> RenderableType:
             if pairs := report.get("nearest_the_cut", {}).get(side, [])[:3]:
                 parts.append(Text(f"\n{name}: {what}", style="bold"))
                 for pair in pairs:
-                    one, other = (_short(found.texts.get(pair[end], pair[end])) for end in ("twin", "sample"))
+                    one, other = (short(found.texts.get(pair[end], pair[end])) for end in ("twin", "sample"))
                     parts.append(Text(f"  {pair['likeness']:.3f}  {one}\n         {other}"))
     parts.append(
         Text(
@@ -310,6 +310,7 @@ def duplicates(found: Found, out: Path | None) -> RenderableType:
     return Group(*parts)
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """A text on one line of at most 110 characters."""
     text = " ".join(text.split())
     return text if len(text) <= 110 else f"{text[:109]}…"

@@ -18,8 +18,9 @@ from factory.show import outcome
 from factory.store import samples_frame, write_frame
 from schemas.manifest import ReleaseFacts
 from schemas.sample import Provenance, Sample
+from schemas.verdict import Verdict
 from tests.context import embedder
-from tests.run_on_disk import HOSTILE, bank_run, facts, seeds, write_run
+from tests.run_on_disk import HOSTILE, bank_run, chat, facts, seeds, write_run
 
 LIMIT_BYTES = 6_000_000
 
@@ -336,3 +337,22 @@ def test_the_map_puts_like_texts_together():
     assert np.array_equal(places, report._layout(embed(texts)))
     for few in range(5):
         assert report._layout(embed(texts)[:few]).shape == (few, 2)
+
+
+def test_judges_are_told_with_what_they_leave_to_people(tmp_path, page):
+    assert "judges" not in page.sections  # none was asked in that run
+    real, new = seeds(), [chat(f"Where is transfer number {n}?", "transfer_timing") for n in range(6)]
+    verdicts = [
+        Verdict(sample=new[0].id, by="03-panel", keep=True, score=3.5, detail={"teacher": "small", "people": "judges disagree <b>"}),
+        Verdict(sample=new[1].id, by="03-panel", keep=False, reason="score below 3", score=2, detail={"teacher": "big"}),
+        Verdict(sample=new[2].id, by="03-panel", keep=False, reason="not judged", detail={"teacher": "big"}),
+        *(Verdict(sample=sample.id, by="03-panel", keep=True, score=4, detail={"teacher": "small"}) for sample in new[3:]),
+    ]
+    run = write_run(tmp_path / "judged", real, new, verdicts, filters=("03-panel",))
+    write_report(tmp_path / "judged.html", run, embed, title="bank", facts=facts())
+    judged = Page((tmp_path / "judged.html").read_text())
+    text = judged.text("judges")
+    assert "03-panel kept 4 of 6, 1 not judged, mean score 3.50" in text
+    assert "small: 4 judged" in text and "big: 1 judged" in text
+    assert "For people to see first 1" in text
+    assert "Where is transfer number 0?" in text and "judges disagree <b>" in text
