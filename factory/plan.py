@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, home: Path, *, asking: int | None = None) -> Plan:
         )
         for column in played.columns
     )
-    return Plan(recipe, first.seeds, first.holdout, first.unreadable, estimates, tuple(dict.fromkeys(assumptions)), played, probed)
+    return Plan(recipe, first.seeds, first.holdout.height, first.unreadable, estimates, tuple(dict.fromkeys(assumptions)), played, probed)
 
 
 def _ledger(home: Path, stack: ExitStack) -> tuple[Ledger | None, list[str]]:

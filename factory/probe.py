@@ -42,7 +42,7 @@ class First:
 
     recipe: Recipe
     seeds: pl.DataFrame  # that a teacher may see
-    holdout: int
+    holdout: pl.DataFrame  # that none may
     unreadable: int
     quota: Mapping[str, int]
     needs: tuple[Need, ...]
@@ -50,7 +50,9 @@ class First:
     @property
     def known(self) -> dict[str, Any]:
         """What any context of this round holds, as `Still` takes it."""
-        return {"seed": self.recipe.seed, "seeds": self.seeds, "needs": self.needs, "teachers": tuple(self.recipe.teachers)}
+        models = {name: teacher.model for name, teacher in self.recipe.teachers.items()}
+        rows = {"seeds": self.seeds, "holdout": self.holdout}
+        return {"seed": self.recipe.seed, **rows, "needs": self.needs, "teachers": tuple(models), "models": models}
 
     def context(self, line: StageLine) -> Still:
         """What a stage sees in this round, but for the asking."""
@@ -144,7 +146,7 @@ def first_round(recipe: Recipe) -> First:
     check_filters(((line.folder, line.stage) for line in recipe.stages), seeds)
     quota = rounds.quotas(recipe.target, seeds)
     needs = rounds.needs(quota, {}, {}, oversample=recipe.target.oversample)
-    return First(recipe, seeds, everything.height - seeds.height, len(read) - len(first), quota, needs)
+    return First(recipe, seeds, everything.filter("holdout"), len(read) - len(first), quota, needs)
 
 
 def words_of(call: Call) -> str:

@@ -40,9 +40,11 @@ class Context(Protocol):
     """All that a stage may know of the world.
 
     `seeds` are the real samples that a teacher may see; `kept` all that was accepted before this round (seeds included);
-    both are frames as in `factory.store.SAMPLES`. `quality` is what ranking filters have found of this round's samples so far, as
+    `holdout` the real samples that are set aside for test: no teacher is ever shown one. All three are frames as in
+    `factory.store.SAMPLES`. `quality` is what ranking filters have found of this round's samples so far, as
     `factory.store.QUALITY`, for a filter that is handed them all. `worth` is what each teacher has given in earlier rounds of this
-    run: good rows a dollar, or a call where money says nothing; None: nothing yet. `rng` is seeded by recipe seed, stage and round,
+    run: good rows a dollar, or a call where money says nothing; None: nothing yet. `teachers` are their names, and `models` says which
+    model each of them is, as the recipe has it (`schemas.families.family_of` tells whose). `rng` is seeded by recipe seed, stage and round,
     so a repeated run asks the same questions.
     """
 
@@ -57,11 +59,15 @@ class Context(Protocol):
     @property
     def kept(self) -> pl.DataFrame: ...
     @property
+    def holdout(self) -> pl.DataFrame: ...
+    @property
     def quality(self) -> pl.DataFrame: ...
     @property
     def needs(self) -> Sequence[Need]: ...
     @property
     def teachers(self) -> Sequence[str]: ...
+    @property
+    def models(self) -> Mapping[str, str]: ...
     @property
     def worth(self) -> Mapping[str, float | None]: ...
 

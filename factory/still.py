@@ -19,11 +19,21 @@ class Still:
     """`factory.stage.Context` without answers and vectors; `seeds` are all that is kept. What a stage reports is in `reports`."""
 
     def __init__(
-        self, stage: str, *, seed: int = 0, seeds: pl.DataFrame | None = None, needs: Sequence[Need] = (), teachers: Sequence[str] = ()
+        self,
+        stage: str,
+        *,
+        seed: int = 0,
+        seeds: pl.DataFrame | None = None,
+        holdout: pl.DataFrame | None = None,
+        needs: Sequence[Need] = (),
+        teachers: Sequence[str] = (),
+        models: Mapping[str, str] | None = None,
     ) -> None:
         self.stage, self.round, self.needs, self.teachers = stage, 1 if needs else 0, needs, teachers
+        self.models: Mapping[str, str] = models or {}
         self.rng = random.Random(f"{seed}/{stage}/{self.round}")
         self.seeds = self.kept = SAMPLES.to_frame() if seeds is None else seeds
+        self.holdout = SAMPLES.to_frame() if holdout is None else holdout
         self.quality = QUALITY.to_frame()
         self.worth: Mapping[str, float | None] = {}
         self.reports: dict[str, Any] = {}

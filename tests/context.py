@@ -43,12 +43,14 @@ class FakeContext:
 
     seeds: pl.DataFrame = field(default_factory=SAMPLES.to_frame)
     kept: pl.DataFrame | None = None
+    holdout: pl.DataFrame = field(default_factory=SAMPLES.to_frame)
     quality: pl.DataFrame = field(default_factory=QUALITY.to_frame)
     needs: Sequence[Need] = ()
     answers: Callable[[Call], str] | None = None
     stage: str = "01-test"
     round: int = 1
     teachers: Sequence[str] = ("fake",)
+    models: Mapping[str, str] = field(default_factory=dict)
     worth: Mapping[str, float | None] = field(default_factory=dict)
     reports: dict[str, Any] = field(default_factory=dict)
     asked: list[Call] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -14,19 +15,24 @@ from factory.stage import Filter, Generator
 from factory.store import SAMPLES, VERDICTS
 from factory.teacher import Teacher
 from schemas.sample import Failure, Sample
+from tests import small_models
 from tests.context import FakeContext, chat, frame
 
 SEEDS = Path(__file__).parent.parent / "examples" / "bank-intents" / "seeds.jsonl"
 FILTERS = [key for key in plugins.names(plugins.STAGES) if issubclass(plugins.stage_class(key), Filter)]
 
 
-NEEDED: dict[str, dict[str, str]] = {"judge": {"rubric": "label_fits"}} | {
-    key: {"compare": "both"} for key in ("exact", "near", "semantic")
-}  # what must be said
+NEEDED: dict[str, dict[str, Any]] = (
+    {"judge": {"rubric": "label_fits"}, "panel": {"rubric": "helpfulness", "teachers": ("a", "b")}}
+    | {key: {"compare": "both"} for key in ("exact", "near", "semantic")}
+    | {"regex": {"pattern": "(?s).*"}, "function": {"module": "builtins:bool"}}
+)  # what must be said
+MODELLED = {"perplexity": "causal", "ifd": "causal", "reward": "classifier"}  # a model of this kind as well
 
 
 def stage_of(key: str) -> Filter:
-    stage = plugins.stage_class(key).model_validate(NEEDED.get(key, {}))
+    model = {"model": small_models.made(MODELLED[key])} if key in MODELLED else {}
+    stage = plugins.stage_class(key).model_validate(NEEDED.get(key, {}) | model)
     assert isinstance(stage, Filter)
     return stage
 
