@@ -59,6 +59,7 @@ bench: install model
 	$(BIN)/python bench/plan.py --json bench/results/plan.json
 	$(BIN)/python bench/dedup.py --json bench/results/dedup.json
 	$(BIN)/python bench/rules.py --json bench/results/rules.json
+	$(BIN)/python bench/faults.py --json bench/results/faults.json
 	$(BIN)/python bench/demo.py --seeds 0 1 --json bench/results/demo.json
 
 # The gateway beside other engines, each in an environment of its own (2 GB); goes on where it stopped.

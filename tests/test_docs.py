@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from factory.recipe import load_recipe
+from factory.recipe import RecipeLoader, load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,7 +51,7 @@ def test_the_recipe_of_the_readme_is_a_good_one(tmp_path: Path, monkeypatch: pyt
     (block,) = blocks(ROOT / "README.md", "yaml")
     (tmp_path / "recipe.yaml").write_text(block.replace("{kind: local, model: smollm2-135m-instruct}", "{kind: fake}"))
     (tmp_path / "seeds.jsonl").write_bytes((ROOT / "examples" / "bank-intents" / "seeds.jsonl").read_bytes())
-    assert len(load_recipe(tmp_path).stages) == 9
+    assert len(load_recipe(tmp_path).stages) == 11
 
 
 def test_the_reference_is_what_the_code_says() -> None:
@@ -78,3 +78,43 @@ def test_every_base_dependency_is_explained() -> None:
     for requirement in asked:
         name = re.split(r"[<>=~\[;]", requirement)[0]
         assert f"| {name} |" in explained, f"docs/dependencies.md says nothing of {name}"
+
+
+def test_the_filters_of_the_page_on_filters_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage that the page shows, with stand-ins for the files and teachers that it names."""
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seeds.jsonl").write_bytes((ROOT / "examples" / "bank-intents" / "seeds.jsonl").read_bytes())
+    (tmp_path / "models" / "student").mkdir(parents=True)
+    (tmp_path / "models" / "student" / "tokenizer.json").write_bytes((ROOT / "factory" / "data" / "minilm" / "tokenizer.json").read_bytes())
+    (tmp_path / "mill" / "datasets" / "bank" / "v1").mkdir(parents=True)
+    (mine,) = blocks(ROOT / "docs" / "filters.md", "python")
+    files = {"answer.schema.json": "{}", "tools.json": "[]", "tables.sql": "CREATE TABLE t (a);", "gsm8k_test.jsonl": "{}", "mine.py": mine}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    head = {"name": "page", "target": {"accepted": 1}, "teachers": {name: {"kind": "fake"} for name in ("big", "qwen", "llama", "gpt")}}
+    loaded = set()
+    for block in blocks(ROOT / "docs" / "filters.md", "yaml"):
+        for stage in yaml.load(block, RecipeLoader):
+            recipe = {**head, "stages": [{"seeds": {"path": "seeds.jsonl"}}, {"compose": {"teachers": ["big"]}}, stage]}
+            (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+            loaded.add(load_recipe(tmp_path).stages[2].stage.key)
+    from factory import plugins
+    from factory.stage import Filter
+
+    known = {key for key in plugins.names(plugins.STAGES) if issubclass(plugins.stage_class(key), Filter)}
+    assert loaded == known - {"exact", "near", "semantic", "fits", "coverage", "logprob"}  # these are in docs/guide.md
+
+
+def test_the_faults_that_filters_catch_are_those_that_were_measured() -> None:
+    import json
+
+    spec = importlib.util.spec_from_file_location("faults", ROOT / "docs" / "faults.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs" / "filters.md").read_text()
+    results = json.loads((ROOT / "bench" / "results" / "faults.json").read_text())
+    assert module.page(text, results) == text, "run: python docs/faults.py"
+    assert len(results["faults"]) >= 20

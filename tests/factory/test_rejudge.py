@@ -33,7 +33,7 @@ stages:
 """
 
 
-def written(folder: Path, *, accepted: int = 800, at_least: int = 4) -> Recipe:
+def written(folder: Path, *, accepted: int = 240, at_least: int = 4) -> Recipe:
     folder.mkdir(exist_ok=True)
     (folder / "seeds.jsonl").write_bytes(SEEDS.read_bytes())
     (folder / "recipe.yaml").write_text(RECIPE.format(accepted=accepted, at_least=at_least))
@@ -60,12 +60,12 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_lower_threshold_lets_in_just_the_rows_between_and_asks_nobody(mill: tuple[Recipe, Path, RunFolder]) -> None:
     recipe, home, before = mill
     spent, as_it_was = asked(home), files(before.path)
-    changes = changes_of(recipe, home, settings=["judge.at_least=2"])
+    changes = changes_of(recipe, home, settings=["judge.at_least=3"])
     assert asked(home) == spent
     assert files(before.path) == as_it_was
     assert not list((home / "runs").glob(".rejudge*"))
     judged = before.verdicts.filter(pl.col("by") == "04-judge")
-    between = judged.filter(pl.col("score").is_between(2, 3))
+    between = judged.filter(pl.col("score") == 3)
     (line,) = changes.stages.filter(pl.col("stage") == "04-judge").to_dicts()
     assert between.height > 10
     assert (line["comes"], line["goes"]) == (between.height, 0)
@@ -77,7 +77,7 @@ def test_a_lower_threshold_lets_in_just_the_rows_between_and_asks_nobody(mill: t
     assert set(gone["reason"]) <= {"place full"}  # its label has enough rows that are as good
     assert set(came["id"]) <= set(between["sample"])
     assert came["reason_before"].unique().to_list() == ["score below 4"]
-    assert came["score_before"].is_between(2, 3).all()
+    assert (came["score_before"] == 3).all()
 
 
 def test_a_stricter_threshold_drops_rows_and_says_by_which_score(mill: tuple[Recipe, Path, RunFolder]) -> None:
@@ -111,14 +111,14 @@ def test_what_is_kept_is_the_run_of_the_changed_recipe(tmp_path: Path) -> None:
     home = tmp_path / "mill"
     before = run(recipe, home, view="quiet")
     spent = asked(home)
-    changed = written(tmp_path / "task", at_least=2)
+    changed = written(tmp_path / "task", at_least=3)
     assert earlier_run(changed, home).path == before.path
     changes = changes_of(changed, home, keep=True)
     assert changes.kept_in == changed.run_folder(home)
     kept = RunFolder(changed.run_folder(home))
     assert kept.status["digest"] == changed.digest
     assert kept.accepted.height == changes.accepted > before.accepted.height
-    assert kept.samples["id"].sort().equals(before.samples["id"].sort())
+    assert set(kept.samples["id"]) <= set(before.samples["id"])
     with pytest.raises(StoreError, match="run of its own"):
         changes_of(changed, home, keep=True)
     again = run(changed, home, view="quiet")  # there is nothing more to do
