@@ -56,7 +56,7 @@ FEWEST = 10
 CLIP = (0.7, 0.98)
 AROUND = 3  # items that say how near to each other different ones are around an item
 MOST_AROUND = 10_000  # items among which they are sought
-USUAL = 0.9  # quantile of how near real rows, which are no copies, come to items
+USUAL = 0.98  # quantile of how near real rows, which are no copies, come to items
 _QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 ROWS, COLUMNS = 1024, 8192  # of a block of cosines
 
@@ -93,9 +93,9 @@ class Decontaminate(Filter):
     as well is a phrase of the task and no sign of an item, so a fixed form of instruction rejects nothing.
 
     meaning: "auto" sets a cosine for each item: by how much a row must be nearer to it than the other items around it are, so that
-    no more than every tenth seed, and every tenth item that is taken as a row, would be rejected. Where real rows of one subject are as
-    near to each other as rephrasings are, this finds few of them: name `teachers`, who are asked about the nearest items of each row
-    that comes near one, and whose word then stands instead of the cosine.
+    no more than every fiftieth seed, and every fiftieth item that is taken as a row, would be rejected. Where real rows of one
+    subject are as near to each other as rephrasings are, this finds few of them: name `teachers`, who are asked about the nearest items
+    of each row that comes near one, and whose word then stands instead of the cosine.
 
     Score: words in a row, the share of an item, or a cosine, whichever came closest to its limit; `detail` has `method` and `limit`.
     """

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import secrets
@@ -328,7 +329,8 @@ def _limit(limits: dict[str, Any], *, counted: bool) -> None:
         (resource.RLIMIT_AS, held + (limits["memory_mb"] << 20)),
     ]
     if limits["cpu_seconds"] is not None:
-        wanted.append((resource.RLIMIT_CPU, limits["cpu_seconds"]))
+        # Whole seconds, beside those that the start took: who is killed earlier has not had its time.
+        wanted.append((resource.RLIMIT_CPU, math.ceil(time.process_time()) + limits["cpu_seconds"]))
     if counted:  # else all processes of this user count, and it could not start one
         wanted.append((resource.RLIMIT_NPROC, limits["processes"]))
     for which, most in wanted:

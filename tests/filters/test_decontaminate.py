@@ -299,9 +299,11 @@ def test_in_a_narrow_subject_few_real_rows_fall_and_some_rephrasings_do(tmp_path
     against.write_text("\n".join(lines[n] for n in sorted(chosen)))
     others = frame(*[chat(text, "x") for n, text in enumerate(items(DEV)) if n not in chosen])
     fell = sum(not v["keep"] for v in judged(others, against=against))
-    assert fell / len(others) <= 0.1  # measured: 11 of 150
+    assert fell / len(others) <= 0.05
     ctx = FakeContext(seeds=real(BANK))
-    assert sum(not v["keep"] for v in judged(rows, ctx, against=DEV)) >= 4  # of 15; of one cosine of 0.9 for all: 1
+    assert (
+        sum(not v["keep"] for v in judged(rows, ctx, against=DEV)) >= 1
+    )  # of 15; where every tenth real row may fall, 4: the price is too high
     assert ctx.reports["meaning"]["limits"]["q05"] < 0.8 < 0.9 < ctx.reports["meaning"]["limits"]["q50"]
     assert sum(not v["keep"] for v in judged(real(BANK), against=DEV)) <= 5  # of 40 seeds: some are copies of items but for a word
 

@@ -173,7 +173,7 @@ def test_questions_are_answered_in_order_and_at_once() -> None:
     start = time.monotonic()
     answers = asked(pairs, limits=Limits(seconds=20), workers=4)
     assert [answer.output for answer in answers] == ["0\n", "1\n", "2\n", "3\n"]
-    assert sum(answer.seconds for answer in answers) >= 2
+    assert sum(answer.seconds for answer in answers) >= 1.9
     assert time.monotonic() - start < 15
     assert asked([], limits=SHORT) == []
 
