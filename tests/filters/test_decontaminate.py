@@ -304,7 +304,7 @@ def test_in_a_narrow_subject_few_real_rows_fall_and_some_rephrasings_do(tmp_path
     assert (
         sum(not v["keep"] for v in judged(rows, ctx, against=DEV)) >= 1
     )  # of 15; where every tenth real row may fall, 4: the price is too high
-    assert ctx.reports["meaning"]["limits"]["q05"] < 0.8 < 0.9 < ctx.reports["meaning"]["limits"]["q50"]
+    assert ctx.reports["meaning"]["limits"]["q05"] < 0.87 < 0.9 < ctx.reports["meaning"]["limits"]["q50"]
     assert sum(not v["keep"] for v in judged(real(BANK), against=DEV)) <= 5  # of 40 seeds: some are copies of items but for a word
 
 
