@@ -37,14 +37,10 @@ difference between hundreds and thousands of calls a second. They serve where sp
 deployments), and in tests they prove our mock servers right."""
 
 
-SLOWER = """
-## The same on a slower machine
+RULES = """
+## Rules
 
-Machines that are shared differ from one day to the next. The column "5,000 calls of 200 ms" above is of the same run as the table below,
-in which bare connections drove the server at {server:,.0f} answers a second; the other columns above were measured on a quicker day, by a
-gateway that took a seventh less CPU a call: since then it writes each question at once instead of when its loop comes round, which
-costs CPU where calls are short, and saves a third of a second of the 0.8 s that were lost here where they take 200 ms.
-"""
+`bench/rules.py`: the filter `rules` with all that holds by default, sizes, patterns and 40 seeds. Memory: beyond the rows."""
 
 
 DUPLICATES = """
@@ -165,6 +161,22 @@ def duplicates(measured: dict[str, Any]) -> list[str]:
     return [*parts, *lines]
 
 
+def rules(measured: dict[str, Any]) -> list[str]:
+    """What it takes to judge rows by their form."""
+    lines = [RULES, "\n| rows | how | seconds | CPU | memory |", "| --- | --- | --- | --- | --- |"]
+    for case, what in (
+        ("batches", "of 200 words, in batches of 20,000 as a run hands them on"),
+        ("whole", "the same, all at once"),
+        ("json", "answers in JSON, checked to be so"),
+        ("tokens", "of 200 words, their tokens counted as well"),
+    ):
+        if one := measured.get(case):
+            lines.append(
+                f"| {one['rows']:,} | {what} | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} | {one['memory_beyond_rows_mb']:,} MB |"
+            )
+    return lines
+
+
 def page() -> str:
     """The whole page."""
     measured = results("gateway")
@@ -180,10 +192,10 @@ def page() -> str:
         parts += [KILLED, crash(killed)]
     if (foreseen := results("plan")) and (summary := foreseen.get("summary")):
         parts += ["\n## Foreseen\n\n`bench/plan.py`: `plan --probe 20`, then the run itself.\n", plans(summary)]
-    if slower := results("gateway-slower-machine").get("results"):
-        parts += [SLOWER.format(server=slower["server"]["raw"]["calls_a_second"]), engines(slower)]
     if measured := results("dedup"):
         parts += duplicates(measured)
+    if measured := results("rules"):
+        parts += rules(measured)
     theirs, own = (cases["throughput"][name]["cpu_ms_a_row"] for name in ("openai_gather", "gristmill"))
     parts.append(WHY.format(theirs=theirs, own=own))
     return "\n".join(parts) + "\n"

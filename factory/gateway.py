@@ -151,8 +151,9 @@ class _Desk:
         if known is None:
             if len(self._filled) > 1000:
                 self._filled.clear()
-            known = self._filled[id(call.params)] = (call.params, filled(call, self.teacher).params)
-        return call.model_copy(update={"params": known[1]})
+            params = filled(call, self.teacher).params
+            known = self._filled[id(call.params)] = (call.params, call.params if params == call.params else params)
+        return call if known[1] is call.params else call.model_copy(update={"params": known[1]})
 
 
 @dataclass(eq=False)

@@ -36,6 +36,9 @@ class Params(BaseModel):
         return self.model_dump(exclude_none=True)
 
 
+_UNSET = Params()
+
+
 class Call(BaseModel):
     """One question, as a stage asks it: either `messages` (chat) or `prompt` (raw completion).
 
@@ -47,7 +50,7 @@ class Call(BaseModel):
     teacher: str
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
-    params: Params = Params()
+    params: Params = Field(default_factory=lambda: _UNSET)  # one for all: as a default it would be copied for each call
     json_schema: dict[str, Any] | None = None
     draw: int = 0
     ref: str = ""

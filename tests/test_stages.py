@@ -80,6 +80,39 @@ def test_a_filter_gives_exactly_one_verdict_on_every_sample(key: str, seeds: pl.
         assert isinstance(json.loads(detail), dict)
 
 
+def poisoned() -> pl.DataFrame:
+    """What a broken or hostile teacher may send; a row each."""
+    texts = [
+        "\x00\x01\x02",
+        "(" * 20_000,
+        "[" * 5_000 + "]" * 5_000,
+        '{"a":' * 3_000,
+        "9" * 5_000 + " * " + "9" * 5_000 + " = 1",
+        "9**9**9**9",
+        "\u202eevil\u202c \u200b\u200d\ufeff \U000e0041",
+        "👩‍👩‍👧‍👦" * 500,
+        "a" * 20_000,
+        "```python\nwhile True: pass",
+        "<!DOCTYPE x [<!ENTITY a 'b'>]><x>&a;</x>",
+        "&a [*a, *a]",
+        "SELECT " * 2_000,
+        "\n" * 10_000,
+        "....@" * 2_000,
+        "=" * 3_000,
+    ]
+    rows = [chat(text, "x") for text in texts] + [chat(f"What is {n}?", text) for n, text in enumerate(texts)]
+    return frame(*rows)
+
+
+@pytest.mark.parametrize("key", FILTERS)
+def test_a_poisoned_row_never_ends_a_run(key: str, seeds: pl.DataFrame) -> None:
+    stage = stage_of(key)
+    asked = poisoned() if stage.scope != "pool" else pl.concat([seeds, poisoned()])
+    verdicts = stage.judge(asked, FakeContext(seeds=seeds, answers=lambda call: call.messages[-1].content[:500]))
+    assert sorted(verdicts["sample"]) == sorted(asked["id"])
+    assert verdicts["keep"].null_count() == 0
+
+
 @pytest.mark.parametrize("key", FILTERS)
 def test_a_filter_judges_nothing_at_all_without_a_word(key: str, seeds: pl.DataFrame) -> None:
     stage = stage_of(key)
