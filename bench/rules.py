@@ -149,7 +149,7 @@ def settings(case: str, seeds: Path) -> Rules:
     sizes = {"min_words": 3, "max_words": 400, "min_chars": 10, "max_chars": 4000}
     asked: dict[str, Any] = {**sizes, "forbid": ["(?i)acme"], "output": {**sizes, "forbid": ["(?i)acme", r"\d{12,}"], "require": [r"\w"]}}
     if case == "tokens":
-        asked |= {"tokenizer": str(TOKENIZER), "max_tokens": 2000, "total_tokens": 4000}
+        asked |= {"tokenizer_file": TOKENIZER, "max_tokens": 2000, "total_tokens": 4000}
         asked["output"]["max_tokens"] = 2000
     return Rules.model_validate(asked)
 

@@ -100,7 +100,8 @@ def judge_report(
     for line in lines:
         assert isinstance(line.stage, Filter)
         if stage in (line.folder, line.stage.key) if stage else line.stage.ranks or type(line.stage).questions is not Filter.questions:
-            identity = content_hash("j1", [line.stage.key, line.stage.model_dump(mode="json")])
+            files_of = {field: of for field, of in recipe.hashes.items() if field.startswith(f"{line.folder}.")}
+            identity = content_hash("j1", [line.stage.key, line.stage.model_dump(mode="json"), sorted(files_of.values())])
             at_least = getattr(line.stage, "at_least", None)
             cut = float(at_least) if isinstance(at_least, int | float) else None
             judged, with_labels = measured(run, line.folder, labels, at_least=cut, precision=precision, known=known.get(identity))
@@ -147,12 +148,13 @@ def read_labels(recipe: Recipe, run: RunFolder, home: Path, files: Sequence[Path
 def _labels_of(path: Path, run: RunFolder) -> pl.DataFrame:
     rows = list(_rows_of(path))
     ids = run.samples["id"].sort()
-    texts: dict[tuple[str, str | None], str] = {}
+    texts: dict[tuple[str, str | None], str | None] = {}
     for id_, text, answer in run.samples.select("id", "input", "output").iter_rows():
-        texts[text, answer] = texts[text, None] = id_
+        texts[text, answer] = id_
+        texts[text, None] = None if (text, None) in texts else id_  # of several answers to one question nobody knows which is meant
     read = []
     for number, row in rows:
-        opinion, score = row.get("keep", row.get("label", row.get("good"))), row.get("score")
+        opinion, score = row.get("keep"), row.get("score")
         if opinion in (None, "") and score in (None, ""):
             raise GristmillError(
                 "this row has no opinion",
@@ -165,7 +167,7 @@ def _labels_of(path: Path, run: RunFolder) -> pl.DataFrame:
         except (TypeError, ValueError) as error:
             raise GristmillError(f"{score!r} is no score", where=f"{path}:{number}") from error
         named = row.get("sample") or row.get("id")
-        sample = _whole(ids, str(named)) if named else texts.get((row.get("input") or "", row.get("output")))
+        sample = (_whole(ids, str(named)) if named else None) or texts.get((row.get("input") or "", row.get("output")))
         if sample is not None:
             read.append((sample, str(row.get("by") or f"human:{path.stem}"), keep, points))
     return pl.DataFrame(read, schema=LABELS, orient="row")
@@ -233,14 +235,15 @@ def measured(
     both = scored.drop("by").join(
         (LABELS.to_frame() if labels is None else labels).rename({"keep": "good", "score": "points"}), on="sample"
     )
-    if at_least is not None:
-        both = both.with_columns(good=pl.coalesce("good", pl.col("points") >= at_least))
+    rising, limit = _rising(scored), _limit(scored, at_least)
+    if limit is not None:
+        both = both.with_columns(good=pl.coalesce("good", pl.col("points") >= limit if rising else pl.col("points") < limit))
     both = both.filter(pl.col("good").is_not_null())
     confusion = Confusion.of(both["keep"].to_numpy(), both["good"].to_numpy()) if both.height else None
-    found = cuts(both["score"].to_numpy(), both["good"].to_numpy(), rising=_rising(scored)) if both.height else []
+    found = cuts(both["score"].to_numpy(), both["good"].to_numpy(), rising=rising) if both.height else []
     by_teacher = {}
-    for (name,), rows in sorted(scored.filter(pl.col("teacher").is_not_null()).group_by("teacher")):
-        with_labels = both.filter(pl.col("teacher") == name)
+    for (name,), rows in sorted(_by_judge(scored, limit).group_by("teacher")):
+        with_labels = rows.join(both.select("sample", "good"), on="sample")
         agreed = Confusion.of(with_labels["keep"].to_numpy(), with_labels["good"].to_numpy()).data() if with_labels.height else None
         by_teacher[str(name)] = {"rows": rows.height, "kept": int(rows["keep"].sum()), "mean": rows["score"].mean(), "labels": agreed}
     drift = None
@@ -256,7 +259,7 @@ def measured(
         kept=verdicts.filter("keep").height,
         for_people=verdicts.filter(pl.col("people").is_not_null()).height,
         mean=mean if isinstance(mean, float) else None,
-        at_least=at_least,
+        at_least=limit,
         labelled=both.height,
         confusion=confusion,
         weighted=_weighted(both),
@@ -264,7 +267,7 @@ def measured(
         sure=threshold_for(precision, found, sure=True),
         by_teacher=by_teacher,
         preferred=_preferred(scored),
-        told=_told(run, folder),
+        told=_told(run, folder) | _places(scored),
         drift=drift,
         looked=len(known["samples"]) if known else 0,
     ), both
@@ -276,10 +279,46 @@ def _rising(scored: pl.DataFrame) -> bool:
     return not (isinstance(kept, float) and isinstance(out, float) and kept < out)
 
 
+def _limit(scored: pl.DataFrame, at_least: float | None) -> float | None:
+    """The threshold of a filter: of its settings, or as its verdicts tell it, or the worst score that it kept."""
+    if at_least is not None:
+        return at_least
+    told = scored["detail"].str.json_path_match("$.limit").cast(pl.Float64, strict=False).drop_nulls()
+    kept = scored.filter("keep")["score"]
+    found = told[0] if len(told) else (kept.min() if _rising(scored) else None)
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _by_judge(scored: pl.DataFrame, limit: float | None) -> pl.DataFrame:
+    """`sample`, `teacher`, `score` and `keep`: each verdict by its judge, and of a panel the vote of each member."""
+    alone = scored.filter(pl.col("teacher").is_not_null()).select("sample", "teacher", "score", "keep")
+    votes = [
+        (sample, vote["teacher"], float(vote["score"]), limit is None or vote["score"] >= limit)
+        for sample, detail in scored.filter(pl.col("detail").str.contains('"votes": [', literal=True))
+        .select("sample", "detail")
+        .iter_rows()
+        for vote in json.loads(detail)["votes"]
+        if isinstance(vote.get("score"), int | float)
+    ]
+    return pl.concat([alone, pl.DataFrame(votes, schema=alone.schema, orient="row")])
+
+
+def _places(scored: pl.DataFrame) -> dict[str, float]:
+    """Of pairs that were judged in both orders, over all rounds: how often the order decided, and how often the first was preferred."""
+    said = scored["detail"].str.json_path_match("$.better")
+    chosen = [json.loads(both) for both in said.drop_nulls() if both.startswith("[")]
+    choices = [one for both in chosen for one in both if one in ("A", "B")]
+    if not choices:
+        return {}
+    decided = sum(both[0] == both[1] != "tie" for both in chosen)
+    return {"order decides": round(decided / len(chosen), 4), "first preferred": round(choices.count("A") / len(choices), 4)}
+
+
 def _weighted(both: pl.DataFrame) -> tuple[float, float, float] | None:
-    """Weighted kappa, where people gave whole points as the judge did."""
+    """Weighted kappa of the rows to which both gave whole points."""
     pairs = both.select("score", "points").drop_nulls()
-    if pairs.is_empty() or not all((pairs[name] == pairs[name].round()).all() for name in pairs.columns):
+    pairs = pairs.filter(pl.all_horizontal(pl.all() == pl.all().round()))
+    if pairs.is_empty():
         return None
     low = int(min(pairs["score"].min(), pairs["points"].min()))  # type: ignore[type-var, arg-type]
     table = np.zeros((12, 12), np.int64)

@@ -113,6 +113,12 @@ def mask(sample: Sample, spans: Sequence[Span]) -> Sample:
             turns: list[Message] = list(changed if isinstance(changed, tuple) else getattr(sample, field))
             turns[turn] = turns[turn].model_copy(update={"content": text})
             changes[field] = tuple(turns)
+    for field in TURNS:  # the same value elsewhere in the row, where nothing beside it gave it away
+        left = changes.get(field, getattr(sample, field))
+        assert isinstance(left, tuple)
+        changes[field] = tuple(turn.model_copy(update={"content": _replaced(turn.content, raw)}) for turn in left)
+    if sample.text is not None:
+        changes["text"] = _replaced(str(changes.get("text", sample.text)), raw)
     changes["label"] = None if sample.label is None else _replaced(sample.label, raw)
     changes["meta"] = _hidden(sample.meta, raw)
     changes["provenance"] = sample.provenance.model_copy(update={"axes": _hidden(sample.provenance.axes, raw)})
@@ -120,7 +126,7 @@ def mask(sample: Sample, spans: Sequence[Span]) -> Sample:
 
 
 def _replaced(text: str, raw: Mapping[str, str]) -> str:
-    for secret, instead in raw.items():
+    for secret, instead in sorted(raw.items(), key=lambda pair: -len(pair[0])):  # what holds another first
         if text == secret:
             text = instead
         elif len(secret) >= SHORTEST:
@@ -228,6 +234,8 @@ class MaskedRun(RunFolder):
             hit = raw.filter(told)["detail"].unique()  # a loop over those: a number of the detail is no text to be masked
             new = [json.dumps(_hidden(json.loads(detail), secrets), ensure_ascii=False) for detail in hit]
             raw = raw.with_columns(pl.col("detail").replace(hit, pl.Series(new, dtype=pl.String)))
+            reasons = raw["reason"].drop_nulls().unique()  # a check of the user's own may quote a row
+            raw = raw.with_columns(pl.col("reason").replace(reasons, pl.Series([self.told(reason) for reason in reasons], dtype=pl.String)))
         if self.looked_into.is_empty():
             return raw
         made = self.raw.samples.filter(pl.col("origin") == "made")["id"].implode()
@@ -241,6 +249,17 @@ class MaskedRun(RunFolder):
         """As in the run; without a word of the answers where a filter has looked for what is to be hidden."""
         raw = self.raw.failures
         return raw if self.looked_into.is_empty() else raw.with_columns(detail=pl.lit(""), text=pl.lit(""))
+
+    @cached_property
+    def stages(self) -> list[dict[str, Any]]:
+        """As in the run; reasons by which rows were counted lose what is masked."""
+        return [{**stage, **{name: self._counted(stage.get(name, {})) for name in ("rejected", "lost")}} for stage in self.raw.stages]
+
+    def _counted(self, reasons: Mapping[str, int]) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for reason, n in reasons.items():
+            counts[_replaced(reason, self._secrets)] += n
+        return dict(counts)
 
     def told(self, value: Any) -> Any:
         """A JSON value (a recipe, which may quote a row) as people outside may see it."""

@@ -95,14 +95,18 @@ class Recipe:
             "seed": self.seed,
             "target": self.target.model_dump(mode="json", exclude=set(NOT_IDENTITY["target"])),
             "embedder": self.embedder.model_dump(mode="json"),
-            "teachers": {
-                name: [teacher.kind, teacher.model_dump(mode="json", exclude=_not_identity(teacher))]
-                for name, teacher in self.teachers.items()
-            },
+            "teachers": self.writers,
             "stages": stages,
             "files": self.hashes,
         }
         return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:8]
+
+    @cached_property
+    def writers(self) -> dict[str, Any]:
+        """What decides the answers of each teacher."""
+        return {
+            name: [teacher.kind, teacher.model_dump(mode="json", exclude=_not_identity(teacher))] for name, teacher in self.teachers.items()
+        }
 
     def run_folder(self, home: Path) -> Path:
         """Where this recipe's run lives."""

@@ -8,8 +8,9 @@ verdict is "not judged", and such questions are counted. `gristmill run` on the 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +31,7 @@ from factory.recipe import Recipe, RecipeLoader, did_you_mean, read_recipe
 from factory.records import TARGET, RunFolder
 from factory.run import Mill, locked, open_folder
 from factory.show import short
-from factory.stage import Generator
+from factory.stage import Generator, Stage
 from factory.store import read_json, unwritable, write_json
 
 
@@ -75,7 +76,7 @@ def patched(recipe: Recipe, settings: Sequence[str] = (), without: Sequence[str]
     """
     data = yaml.load(recipe.text, RecipeLoader)
     places = {line.folder: place for place, line in enumerate(recipe.stages)}
-    stages = [{item: {}} if isinstance(item, str) else {k: v or {} for k, v in item.items()} for item in data["stages"]]
+    stages = [{item: {}} if isinstance(item, str) else {k: deepcopy(v or {}) for k, v in item.items()} for item in data["stages"]]
     for setting in settings:
         target, equals, value = setting.partition("=")
         name, *fields = target.strip().split(".")
@@ -158,25 +159,34 @@ def rejudge(run: RunFolder, recipe: Recipe, home: Path, *, keep: bool = False) -
     return Changes(**{**vars(changes), "kept_in": own})
 
 
+def _recipe_of(run: RunFolder, recipe: Recipe) -> Recipe:
+    """The recipe that a run was made by; its files are those beside the recipe of today."""
+    return read_recipe(recipe.path, (run.path / "recipe.yaml").read_text(encoding="utf-8"), asking=False)
+
+
 def _differ(run: RunFolder, recipe: Recipe) -> str | None:
-    """What of the recipe's seeds and generators is not as it was in this run; None: nothing."""
-    before = yaml.load((run.path / "recipe.yaml").read_bytes(), RecipeLoader)
-    then = [item if isinstance(item, dict) else {item: {}} for item in before["stages"]]
-    now = [item if isinstance(item, dict) else {item: {}} for item in yaml.load(recipe.text, RecipeLoader)["stages"]]
-    makes = {line.stage.key for line in recipe.stages if isinstance(line.stage, Generator)}
-    was = [(f"{n:02d}-{key}", key, settings or {}) for n, item in enumerate(then, 1) for key, settings in item.items() if key in makes]
-    wanted = [(line.folder, line.stage.key) for line in recipe.stages if isinstance(line.stage, Generator)]
-    given = [settings or {} for item in now for key, settings in item.items() if key in makes]
-    if [key for _, key, _ in was] != [key for _, key in wanted]:
+    """What of the recipe's seeds, generators and teachers is not as it was in this run; None: nothing."""
+    try:
+        was = _recipe_of(run, recipe)
+    except (OSError, RecipeError):
+        return "the recipe that it was made by can't be read any more"
+    then, now = ([line for line in one.stages if isinstance(line.stage, Generator)] for one in (was, recipe))
+    if [line.stage.key for line in then] != [line.stage.key for line in now]:
         return "it was made by other generators"
-    files = run.status.get("files", {})
-    for (old, key, settings), (new, _), other in zip(was, wanted, given, strict=True):
+    if was.seed != recipe.seed:
+        return "it was made with another seed of randomness"
+    asked = set(run.samples["teacher"].drop_nulls())
+    if changed := sorted(name for name in asked if was.writers.get(name) != recipe.writers.get(name)):
+        return f"its samples were written by another teacher {changed[0]!r}"
+    if (files := run.status.get("files")) is None:
+        return "it was made by an earlier Gristmill, which did not write down what its files held"
+    for old, new in zip(then, now, strict=True):
         hashes = [
-            {field.partition(".")[2]: of for field, of in each.items() if field.startswith(f"{folder}.")}
-            for folder, each in ((old, files), (new, recipe.hashes))
+            {field.partition(".")[2]: of for field, of in each.items() if field.startswith(f"{line.folder}.")}
+            for line, each in ((old, files), (new, recipe.hashes))
         ]
-        if settings != other or (files and hashes[0] != hashes[1]):
-            return f"its samples were made by another {key}"
+        if old.stage != new.stage or hashes[0] != hashes[1]:
+            return f"its samples were made by another {new.stage.key}"
     return None
 
 
@@ -197,7 +207,10 @@ def _take_over(run: RunFolder, recipe: Recipe, folder: Path) -> int:
         for name, source in froms:
             to = folder / here.name / name
             shutil.copytree(source, to)
-            write_json(to / "stage.json", read_json(to / "stage.json") | {"stage": name})
+            stage = read_json(to / "stage.json")
+            paid = {"micro_usd": 0, "from_ledger": stage["answered"]}  # by the run that made them
+            theirs = {who: of | {"micro_usd": 0, "from_ledger": of["calls"]} for who, of in stage.get("teachers", {}).items()}
+            write_json(to / "stage.json", stage | paid | {"stage": name, "teachers": theirs})
         number += 1
 
 
@@ -220,45 +233,49 @@ def _changes(before: RunFolder, after: RunFolder, recipe: Recipe) -> Changes:
         accepted_before=before.accepted.height,
         accepted=after.accepted.height,
         wanted=recipe.target.accepted,
-        stages=_by_stage(before, after),
+        stages=_by_stage(before, after, _same_filters(_recipe_of(before, recipe), recipe)),
         rows=_other_fates(before, after),
         unknown={row.stage: n for row in after.funnel() if (n := row.unanswered[UNKNOWN])},
     )
 
 
-def _by_stage(before: RunFolder, after: RunFolder) -> pl.DataFrame:
+def _same_filters(was: Recipe, now: Recipe) -> dict[str, str]:
+    """Which filter is which, by their folders then and now: those of the same settings first, then those of the same key."""
+    left, right = ([line for line in one.stages if not isinstance(line.stage, Generator)] for one in (was, now))
+    pairs = {TARGET: TARGET}
+    ways: tuple[Callable[[Stage, Stage], bool], ...] = (lambda a, b: a == b, lambda a, b: a.key == b.key)
+    for same in ways:
+        for old in left:
+            fitting = (new.folder for new in right if new.folder not in pairs.values() and same(old.stage, new.stage))
+            if old.folder not in pairs and (folder := next(fitting, None)):
+                pairs[old.folder] = folder
+    return pairs
+
+
+def _by_stage(before: RunFolder, after: RunFolder, pairs: Mapping[str, str]) -> pl.DataFrame:
     was, now = _opinions(before), _opinions(after)
-    counts = [
-        opinions.group_by("stage", "turn").agg(pl.col("by").first(), judged=pl.len(), kept=pl.col("keep").sum()) for opinions in (was, now)
-    ]
-    both = was.join(now, on=["sample", "stage", "turn"], suffix="_now")
-    moved = both.group_by("stage", "turn").agg(
+    was = was.with_columns(place=pl.col("by").replace_strict(dict(pairs), default=pl.lit("without ") + pl.col("by")))
+    now = now.with_columns(place="by")
+    counts = [opinions.group_by("place").agg(pl.col("by").first(), judged=pl.len(), kept=pl.col("keep").sum()) for opinions in (was, now)]
+    both = was.join(now, on=["sample", "place"], suffix="_now")
+    moved = both.group_by("place").agg(
         comes=(~pl.col("keep") & pl.col("keep_now")).sum(), goes=(pl.col("keep") & ~pl.col("keep_now")).sum()
     )
     return (
         counts[0]
-        .join(counts[1], on=["stage", "turn"], how="full", suffix="_now", coalesce=True)
-        .join(moved, on=["stage", "turn"], how="left")
-        .with_columns(place=pl.coalesce("by_now", "by"))
-        .sort("place")
-        .select(
-            pl.when(pl.col("by_now").is_null()).then(pl.lit("without ") + pl.col("by")).otherwise("by_now").alias("stage"),
-            judged_before="judged",
-            judged="judged_now",
-            kept_before="kept",
-            kept="kept_now",
-            comes="comes",
-            goes="goes",
-        )
+        .join(counts[1], on="place", how="full", suffix="_now", coalesce=True)
+        .join(moved, on="place", how="left")
+        .sort(pl.coalesce("by_now", "by"), "place")
+        .select(stage="place", judged_before="judged", judged="judged_now", kept_before="kept", kept="kept_now", comes="comes", goes="goes")
     )
 
 
 def _opinions(run: RunFolder) -> pl.DataFrame:
-    """The last verdict of every filter on every made sample; `stage` and `turn` tell which filter it is, wherever it stands."""
+    """The last verdict of every filter on every made sample."""
     made = run.samples.filter(pl.col("origin") == "made").select(sample="id")
-    last = run.verdicts.join(made, on="sample", how="semi").group_by("sample", "by", maintain_order=True).last()
-    named = last.select("sample", "by", "keep", stage=pl.col("by").str.replace(r"^\d+-", ""))
-    return named.with_columns(turn=pl.col("by").rank("dense").over("stage"))
+    return (
+        run.verdicts.join(made, on="sample", how="semi").group_by("sample", "by", maintain_order=True).last().select("sample", "by", "keep")
+    )
 
 
 def _other_fates(before: RunFolder, after: RunFolder) -> pl.DataFrame:

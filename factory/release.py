@@ -137,7 +137,7 @@ def release(
         lineage = _lineage(public, cut.rows)
         write_frame(part / "lineage.parquet", lineage)
         check = _leak_check(part, run, versions, embed)
-        manifest = _manifest(run, plan, facts, cut, lineage, check, name=name, number=number)
+        manifest = _manifest(public, plan, facts, cut, lineage, check, name=name, number=number)
         audit = {"masked": _masking(public, lineage), "safety": _safety(public, cut.rows), "recipe": public.told(manifest.recipe)}
         manifest = manifest.model_copy(update=audit)
         write_bytes(part / "README.md", _card(manifest).encode())

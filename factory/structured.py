@@ -339,12 +339,13 @@ def _sound(schema: Any, where: str) -> dict[str, Any]:
         raise GristmillError(f"not a JSON schema: {_short(error.message)}; at {error.json_path}", where=where, next=next) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise GristmillError(f"not a JSON schema: {error}", where=where, next=next) from error
-    if (lost := _lost_reference(plain)) is not None:
+    if (lost := lost_reference(plain)) is not None:
         raise GristmillError(f"$ref {lost!r} leads nowhere", where=where, next="Put what it names under $defs; nothing is fetched.")
     return plain
 
 
-def _lost_reference(schema: Mapping[str, Any]) -> str | None:
+def lost_reference(schema: Mapping[str, Any] | bool) -> str | None:
+    """A $ref of a sound schema that leads to no schema in it; None: there is none. Nothing is fetched."""
     from referencing import Registry
     from referencing.exceptions import Unresolvable
     from referencing.jsonschema import DRAFT202012
@@ -355,9 +356,9 @@ def _lost_reference(schema: Mapping[str, Any]) -> str | None:
         part, resolver = waiting.pop()
         ref = part.contents.get("$ref") if isinstance(part.contents, Mapping) else None
         try:
-            if ref is not None:
-                resolver.lookup(ref)
-        except Unresolvable:
+            if ref is not None and not isinstance(resolver.lookup(ref).contents, (Mapping, bool)):
+                return str(ref)
+        except (Unresolvable, TypeError, ValueError):  # the last two: of a pointer through a number, or by a name into a list
             return str(ref)
         waiting += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
     return None

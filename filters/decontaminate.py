@@ -140,19 +140,18 @@ class Decontaminate(Filter):
             ctx.report("seeds_that_are_items", sets.leaked)
         texts = _texts(samples)
         found = [finding for part in self.compare for finding in self._shared(sets, texts[part], part)]
-        near = self._neighbours(sets, texts, ctx) if self.meaning is not None else []
-        if near and not self.teachers:
-            found += [_nearest(finding) for finding in near]
-        verdicts = _verdicts(texts, found + [_unasked(finding) for finding in near if self.teachers], sets)
-        if self.teachers:
-            return self._asked(samples, texts, verdicts, near, sets, ctx)
-        return verdicts
+        if self.meaning is not None:
+            found += [_nearest(finding) for finding in self._neighbours(sets, texts, ctx, asking=False)]
+        near = self._neighbours(sets, texts, ctx, asking=True) if self.teachers else []
+        verdicts = _verdicts(texts, found + [_unasked(finding) for finding in near], sets)
+        return self._asked(samples, texts, verdicts, near, sets, ctx) if near else verdicts
 
     def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Call]:
         """As many as there can be: which rows are near an item only their vectors tell. The first items stand for their neighbours."""
         if not self.teachers:
             return
-        items = self._sets(ctx).items.filter("question").head(self.neighbours)["text"].to_list()
+        shown = self._sets(ctx).items.filter(pl.col("question") & (pl.col("set") != HOLDOUT))
+        items = shown.head(self.neighbours)["text"].to_list()
         for sample, text in _texts(samples).select("id", "input").iter_rows():
             yield from (self._call(sample, text, item, str(place)) for place, item in enumerate(items))
 
@@ -174,10 +173,17 @@ class Decontaminate(Filter):
             where = shared.share_first, shared.share_last
             yield _Finding("overlap", OVERLAPS, part, shared.share_item, shared.share / limit, shared.share, limit, *where)
 
-    def _neighbours(self, sets: _Sets, texts: pl.DataFrame, ctx: Context) -> list[_Neighbours]:
-        """The nearest items of every text that is compared, blanks and short answers left out, and the limits of their cosines."""
+    def _neighbours(self, sets: _Sets, texts: pl.DataFrame, ctx: Context, *, asking: bool) -> list[_Neighbours]:
+        """The nearest items of every text that is compared, blanks and short answers left out, and the limits of their cosines.
+
+        asking: of the items that teachers are shown. No teacher is shown what the run sets aside for test: of that the cosine decides.
+        """
         near = sets.near(ctx)
-        least = near.suspects(self.suspect) if self.teachers else near.limits(self.meaning)
+        aside = sets.items["set"].gather(near.of.tolist()).eq(HOLDOUT).to_numpy()
+        meant = ~aside if asking else aside | (not self.teachers)
+        if not meant.any():
+            return []
+        least = (near.suspects(self.suspect) if asking else near.limits(self.meaning))[meant]
         ctx.report("meaning", {"limits": dict(zip(_QUANTILES, np.quantile(least, [*_QUANTILES.values()]).round(4).tolist(), strict=True))})
         found = []
         for part in self.compare:
@@ -186,8 +192,8 @@ class Decontaminate(Filter):
             if asked.height:
                 rows = asked["row"].to_numpy().astype(np.int64)
                 vectors = ctx.embed(asked[part].to_list())
-                item, cosine, limit = _closest(vectors, near.vectors, least, self.neighbours if self.teachers else 1)
-                found.append(_Neighbours(part, len(texts), rows, near.of[item], cosine, limit))
+                item, cosine, limit = _closest(vectors, near.vectors[meant], least, self.neighbours if asking else 1)
+                found.append(_Neighbours(part, len(texts), rows, near.of[meant][item], cosine, limit))
         return found
 
     def _asked(
@@ -288,6 +294,8 @@ def _unasked(near: _Neighbours) -> _Finding:
 def _verdicts(texts: pl.DataFrame, found: Sequence[_Finding], sets: _Sets) -> pl.DataFrame:
     """For each row the finding that decides: the first method that found an item, else the one that came closest to its limit."""
     n = len(texts)
+    if not found:  # no text of the batch is long enough to be compared
+        return verdicts_from(texts["id"], keep=pl.repeat(True, n, dtype=pl.Boolean, eager=True))
     hits = np.stack([(finding.item >= 0) & (finding.reached >= 1) & (finding.reason is not None) for finding in found])
     order = {"ngram": 3.0, "overlap": 2.0, "embedding": 1.0}
     weight = np.stack(

@@ -18,7 +18,7 @@ import yaml
 
 from factory.errors import GristmillError
 from factory.kernels import kernel
-from factory.structured import DECODER, schema_of
+from factory.structured import DECODER, lost_reference, schema_of
 from filters.measures import packed
 
 if TYPE_CHECKING:  # 30 ms to import, and only needed where a recipe has a schema
@@ -96,6 +96,8 @@ def misfit(value: Any, schema: Draft202012Validator) -> Fault | None:
         return Fault("it is nested too deep", of_schema=True)
     except (ValueError, OverflowError):
         return Fault("a number in it is too large", of_schema=True)
+    except Exception as error:  # a row's schema: a $dynamicRef that leads nowhere, a $ref to what is no schema
+        return Fault(_short(f"its schema can't be read: {error}"), of_schema=True)
     return None if error is None else Fault(_short(f"{_short(error.message, 120)}; at {error.json_path}"), of_schema=True)
 
 
@@ -328,6 +330,8 @@ def tools_of(text: str) -> Tools:
                 raise ValueError(
                     f"the parameters of {function['name']!r} are no JSON schema: {_short(str(error).splitlines()[0])}"
                 ) from error
+            if (lost := lost_reference(schema)) is not None:
+                raise ValueError(f"the parameters of {function['name']!r} have the $ref {_short(lost, 60)!r}, which leads nowhere")
         tools[function["name"]] = None if schema is None else _validator(json.dumps(schema, sort_keys=True))
     return tools
 
@@ -387,23 +391,24 @@ def _of_call(call: Any, tools: Tools | None) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def tokenizer(name: str) -> Any:
-    """The tokenizer of a `tokenizer.json`, of a folder that holds one, or of a model in the cache of Hugging Face; ValueError: none."""
+def tokenizer(where: str | Path) -> Any:
+    """The tokenizer of a `tokenizer.json`, or (by a name) of a model in the cache of Hugging Face; ValueError: none."""
     from huggingface_hub import try_to_load_from_cache
     from tokenizers import Tokenizer
 
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path /= "tokenizer.json"
-    if not path.is_file():
+    if isinstance(where, Path):
+        path = where
+        if not path.is_file():
+            raise ValueError(f"there is no tokenizer {path}: name a tokenizer.json, or a folder with one")
+    else:
         try:
-            cached = try_to_load_from_cache(name, "tokenizer.json")
+            cached = try_to_load_from_cache(where, "tokenizer.json")
         except ValueError:  # no name of a model
             cached = None
         if not isinstance(cached, str):
             raise ValueError(
-                f"there is no tokenizer {name!r}: neither a tokenizer.json or a folder with one, nor a model in Hugging Face's cache"
-                f" (`hf download {name} tokenizer.json` puts it there)"
+                f"there is no tokenizer {where!r} in Hugging Face's cache (`hf download {where} tokenizer.json` puts it there);"
+                " a file is named by tokenizer_file"
             )
         path = Path(cached)
     try:
@@ -415,7 +420,7 @@ def tokenizer(name: str) -> Any:
     return found
 
 
-def token_counts(texts: pl.Series, name: str) -> Any:
+def token_counts(texts: pl.Series, where: str | Path) -> Any:
     """How many tokens each text has, without those that a chat template would put around it; shape (n,)."""
-    encoded = tokenizer(name).encode_batch_fast(texts.fill_null("").to_list(), add_special_tokens=False)
+    encoded = tokenizer(where).encode_batch_fast(texts.fill_null("").to_list(), add_special_tokens=False)
     return np.fromiter(map(len, encoded), np.int64, len(texts))

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from factory.stage import Context, Filter, TeacherNames
 from factory.store import verdicts_from
-from filters.question import NOT_JUDGED, only_object, silence, tagged, who, with_defaults
+from filters.question import NOT_JUDGED, between, only_object, silence, tagged, turns, who, with_defaults
 from schemas.call import Answer, Call, Params
 from schemas.sample import Message
 
@@ -150,9 +150,12 @@ class Injection(Filter):
 
     def _calls(self, samples: pl.DataFrame, found: dict[str, list[_Finding]]) -> Iterator[Call]:
         params = with_defaults(self.params, max_tokens=400)
-        for row in samples.select("id", "input", "output", "chosen").iter_rows(named=True):
+        for row in samples.select("id", "input", "output", "chosen", "rejected").iter_rows(named=True):
             if row["id"] in found:
-                question = _QUESTION.format(example=tagged(row))
+                example = tagged(row)
+                if any(finding.part == "rejected" for finding in found[row["id"]]):
+                    example += f"\n\nThe answer that was not chosen:\n\n{between('rejected', turns(row['rejected']), 'example')}"
+                question = _QUESTION.format(example=example)
                 messages = (Message(role="system", content=_SYSTEM), Message(role="user", content=question))
                 teacher = random.Random(row["id"]).choice(self.teachers)  # as for a judge: of the sample alone
                 yield Call(teacher=teacher, messages=messages, params=params, json_schema=SCHEMA, ref=row["id"])

@@ -285,10 +285,7 @@ def _measure(data: Any, offsets: Any, known: Any, lower: Any, keys: Any, bits: A
         start, end = offsets[i], offsets[i + 1]
         count = _count(data, start, end, known, lower, words, counts[i])
         found = np.int64(0)
-        run = 0
         for j in range(count):
-            run = run + 1 if j and words[j] == words[j - 1] else 1
-            counts[i, RUN_OF_WORDS] = max(counts[i, RUN_OF_WORDS], run)
             slot = words[j] & np.uint64(511)
             while keys[slot]:
                 if keys[slot] == words[j]:
@@ -325,9 +322,11 @@ def _count(data: Any, start: int, end: int, known: Any, lower: Any, words: Any, 
     """Count characters, and write the hashes of words to `words`; gives how many there are."""
     chars, spaced, letters, visible, meant, controls = 0, 0, 0, 0, 0, 0
     run, longest_letters, longest_any = 0, 0, 0
+    run_of_words, longest_words = 0, 0  # of words that hold a letter, in scripts with spaces: 0, 0, 0 and 哈哈哈 are said so
     before = np.int64(-1)
     seen, seen_too = np.int64(0), np.int64(0)
     in_spaced, within, closed = False, False, 0
+    of_word = np.uint8(0)  # what is known of its characters
     hashed = np.uint64(0xCBF29CE484222325)
     count, place = 0, start
     while place < end:
@@ -372,17 +371,23 @@ def _count(data: Any, start: int, end: int, known: Any, lower: Any, words: Any, 
         if kind & WORDY:
             hashed = (hashed ^ np.uint64(small)) * np.uint64(0x100000001B3)
             within = True
+            of_word |= kind
             continue
         if within:
             words[count] = mix(hashed)
+            run_of_words = _run(run_of_words, of_word, words, count)
+            longest_words = max(longest_words, run_of_words)
             count += 1
             within = False
+            of_word = np.uint8(0)
             hashed = np.uint64(0xCBF29CE484222325)
         if kind & ALONE:
             words[count] = mix((hashed ^ np.uint64(code)) * np.uint64(0x100000001B3))
             count += 1
+            run_of_words = 0
     if within:
         words[count] = mix(hashed)
+        longest_words = max(longest_words, _run(run_of_words, of_word, words, count))
         count += 1
     counts[CHARS], counts[WORDS], counts[LETTERS], counts[VISIBLE], counts[MEANT], counts[CONTROLS] = (
         chars,
@@ -393,8 +398,16 @@ def _count(data: Any, start: int, end: int, known: Any, lower: Any, words: Any, 
         controls,
     )
     counts[RUN_OF_LETTERS], counts[RUN_OF_ANY], counts[CLOSED] = longest_letters, longest_any, closed
-    counts[SEEN], counts[SEEN_TOO] = seen, seen_too
+    counts[RUN_OF_WORDS], counts[SEEN], counts[SEEN_TOO] = longest_words, seen, seen_too
     return count
+
+
+@kernel
+def _run(run: int, of_word: Any, words: Any, last: int) -> int:
+    """How often the last word stands in a row, after `run` of the one before it; 0 without a letter in it."""
+    if not of_word & LETTER:
+        return 0
+    return run + 1 if run and words[last] == words[last - 1] else 1
 
 
 @kernel

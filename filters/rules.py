@@ -11,6 +11,7 @@ allowed, and is reported under `off`: a task may have answers in Markdown, or qu
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ FEW_LETTERS = 0.5  # of the characters that are no space
 RUN_OF_LETTERS, RUN_OF_ANY = 4, 100  # the same letter, "!" or "?" so often in a row; any other character but spaces
 RUN_OF_WORDS = 5  # the same word so often in a row
 LAST_LINE = 3  # characters with which the last line of nearly every seed's answer begins, that make it a form: "#### "
+# What of such a beginning is form: up to a colon, marks of Markdown, or a tag. `return x +` and the 0. of `Confidence: 0.` are content.
+_FORM = re.compile(r".*[:：]\**|[#*=>`|~_-]+|<[^<>]+>")
 ECHO, SYSTEM_WORDS = (
     0.9,
     12,
@@ -94,7 +97,7 @@ class Bounds(BaseModel):
     max_words: int | None = Field(None, ge=1)
     min_chars: int | None = Field(None, ge=0)
     max_chars: int | None = Field(None, ge=1)
-    min_tokens: int | None = Field(None, ge=0, description="of the tokenizer that `tokenizer` names")
+    min_tokens: int | None = Field(None, ge=0, description="of the tokenizer that `tokenizer` or `tokenizer_file` names")
     max_tokens: int | None = Field(None, ge=1, description="as above")
     format: formats.Format | None = Field(None, description="json, yaml or xml; in one code fence only where the seeds have one")
     schema_file: Annotated[Path | None, RecipeFile()] = Field(None, description="a JSON schema (.json, .yaml) that JSON or YAML must fit")
@@ -121,7 +124,8 @@ class Rules(Filter):
     """Rejects what is broken in form, in the wrong language, copied from a seed, or left over from the prompt.
 
     min_words … forbid: demands on the input; `output`: the same on the output.
-    tokenizer: a tokenizer.json, a folder with one, or a model in Hugging Face's cache, for min_tokens, max_tokens and total_tokens.
+    tokenizer_file, tokenizer: whose tokens min_tokens, max_tokens and total_tokens count: a tokenizer.json or a folder with one, whose
+    bytes are part of the run's identity; or a model in Hugging Face's cache, by its name. Not both.
     length: how many times shorter than the shortest seed, or longer than the longest, a text may be (in characters).
     language: "auto", the languages of the seeds; or a list of ISO 639-1 codes. A text too short to tell is let through.
     copied: how much of an input may stand in one seed, or of a seed in it: from there on it is a copy. echo: how much of an output
@@ -144,7 +148,8 @@ class Rules(Filter):
     require: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
     output: Bounds = Field(default_factory=Bounds)
-    tokenizer: str | None = Field(None, description="a tokenizer.json, a folder with one, or a model in Hugging Face's cache")
+    tokenizer_file: Annotated[Path | None, RecipeFile()] = Field(None, description="a tokenizer.json, or a folder with one")
+    tokenizer: str | None = Field(None, description="or the name of a model in Hugging Face's cache")
     total_tokens: int | None = Field(None, ge=1, description="the most tokens that all turns of a row may have")
     length: float | None = Field(4.0, ge=1)
     language: Literal["auto"] | tuple[str, ...] | None = "auto"
@@ -178,6 +183,15 @@ class Rules(Filter):
             formats.tokenizer(name)
         return name
 
+    @field_validator("tokenizer_file")
+    @classmethod
+    def _tokenizer(cls, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        path = path / "tokenizer.json" if path.is_dir() else path  # of a model's folder, its weights need not be hashed
+        formats.tokenizer(path)
+        return path
+
     @field_validator("tools_file")
     @classmethod
     def _tools(cls, path: Path | None) -> Path | None:
@@ -188,11 +202,13 @@ class Rules(Filter):
     @model_validator(mode="after")
     def _readable(self) -> Rules:
         _has_schema(self.format, self.schema_file)
-        if self.tokenizer is None and any(
+        if self.tokenizer is not None and self.tokenizer_file is not None:
+            raise ValueError("two tokenizers: leave out tokenizer, or tokenizer_file")
+        if (self.tokenizer_file or self.tokenizer) is None and any(
             limit is not None
             for limit in (self.min_tokens, self.max_tokens, self.output.min_tokens, self.output.max_tokens, self.total_tokens)
         ):
-            raise ValueError("tokens of which model? Name its tokenizer: a tokenizer.json, a folder with one, or a model's name")
+            raise ValueError("tokens of which model? Name its tokenizer: tokenizer_file, or the model's name as tokenizer")
         return self
 
     def check(self, samples: pl.DataFrame) -> str | None:
@@ -289,7 +305,7 @@ def _learn(rules: Rules, key: _Key) -> _Task:
         checks += _language(rules, part, seeds)
     if "output" in parts:
         checks += _closed(seeds)
-        checks += _last_lines(seeds)
+        checks += [check for check in _last_lines(seeds) if holds(check, str(check.what))]
         checks += _echoes(rules, seeds)
     checks += [check for check in _of_turns() if holds(check, str(check.what))]
     kept = sorted((check for check in checks if check.rule not in rules.off), key=lambda check: NAMES.index(check.rule))
@@ -399,14 +415,15 @@ def _last_lines(seeds: _Block) -> Iterator[_Check]:
     """Answers of several lines end with a line that begins as the seeds' do: what stands before a result, as in GSM8K."""
 
     def last(rows: _Block) -> pl.Series:
-        return rows.texts["output"].str.strip_chars().str.split("\n").list.last()
+        return rows.texts["output"].str.strip_chars().str.split("\n").list.last().str.strip_chars()
 
     several = seeds.texts.filter(pl.col("output").str.strip_chars().str.contains("\n", literal=True))
     if several.height < max(MANY, (1 - TOLERANCE) * len(seeds)):
         return
     lines = sorted(last(seeds).to_list())
     few = int(TOLERANCE * len(lines))  # others may stand before or behind those that begin alike
-    begins = max((_shared(lines[at], lines[at + len(lines) - few - 1]) for at in range(few + 1)), key=len).strip()
+    begins = max((_shared(lines[at], lines[at + len(lines) - few - 1]) for at in range(few + 1)), key=len)
+    begins = form[0] if (form := _FORM.match(begins)) else ""
     if len(begins) >= LAST_LINE:
         what = f"its last line does not begin with {begins!r}, as the seeds' do"
         yield _Check("unfinished", "output", lambda rows: ~last(rows).str.starts_with(begins).to_numpy(), what=what)
@@ -634,20 +651,22 @@ class _Block:
         return found
 
     def tokens(self, part: Part) -> NDArray[np.int64]:
-        assert self.rules.tokenizer is not None
-        name = self.rules.tokenizer
-        return self._once(("tokens", part), lambda: formats.token_counts(self.texts[part], name))  # type: ignore[no-any-return]
+        return self._once(("tokens", part), lambda: self._token_counts(self.texts[part]))  # type: ignore[no-any-return]
+
+    def _token_counts(self, texts: pl.Series) -> NDArray[np.int64]:
+        where = self.rules.tokenizer_file or self.rules.tokenizer
+        assert where is not None
+        return formats.token_counts(texts, where)  # type: ignore[no-any-return]
 
     @cached_property
     def total_tokens(self) -> NDArray[np.int64]:
         """The tokens of all turns of a row, of a preference's both answers, or of its text."""
-        assert self.rules.tokenizer is not None
         turns = pl.concat_list(
             *[pl.col(name).list.eval(pl.element().struct.field("content")).fill_null([]) for name in ("messages", "chosen", "rejected")],
             pl.concat_list("text").list.drop_nulls(),
         )
         said = self.samples.with_row_index("row").select("row", said=turns).explode("said")
-        counts = formats.token_counts(said["said"], self.rules.tokenizer)
+        counts = self._token_counts(said["said"])
         return np.bincount(said["row"].to_numpy(), counts, len(self)).astype(np.int64)
 
     def format_faults(self, part: Part, bounds: Bounds, fenced: bool) -> list[formats.Fault | None]:

@@ -273,3 +273,50 @@ def test_json_holds_what_the_table_says(there: tuple[Recipe, RunFolder, Path], m
     assert f"Cohen's kappa {data['confusion']['kappa']['value']:.2f}" in told
     assert f"{ROWS} rows that it scored have people's labels" in told
     assert pl.Series(told.splitlines()).str.contains("from 4 on 100%", literal=True).any()
+
+
+def test_points_are_labels_of_a_judge_with_default_settings_too(there: tuple[Recipe, RunFolder, Path]) -> None:
+    recipe, run, home = there
+    recipe.path.write_text(RECIPE.replace(", at_least: 4", ""))
+    path = home / "reviews" / "bank" / "ben.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(json.dumps({"sample": samples()[n].id, "score": score_of(n)}) for n in range(30)))
+    judged = of_judge(judge_report(load_recipe(recipe.path), run, home))
+    assert (judged.labelled, judged.at_least) == (30, 4)
+    assert judged.confusion and judged.confusion.agreement.value == 1
+
+
+def test_a_label_of_a_question_with_several_answers_must_name_the_answer(tmp_path: Path) -> None:
+    task, home = tmp_path / "task", tmp_path / "mill"
+    task.mkdir()
+    (task / "recipe.yaml").write_text(RECIPE)
+    (task / "seeds.jsonl").write_bytes((Path(__file__).parents[2] / "examples" / "bank-intents" / "seeds.jsonl").read_bytes())
+    recipe = load_recipe(task)
+    new = [chat("Is it open?", "transfer_timing"), chat("Is it open?", "failed_transfer"), chat("Where is it?", "failed_transfer")]
+    run = write_run(recipe.run_folder(home), seeds(), new, [], filters=("03-judge", "04-near"))
+    path = tmp_path / "labels.jsonl"
+    rows = [{"input": "Is it open?", "keep": True}, {"input": "Is it open?", "output": "failed_transfer", "label": "no", "keep": True}]
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {"id": 7, "input": "Where is it?", "keep": False}]))
+    labels = {row["sample"]: row["keep"] for row in read_labels(recipe, run, home, [path]).to_dicts()}
+    assert labels == {new[1].id: True, new[2].id: False}
+
+
+def test_the_members_of_a_panel_and_the_places_of_a_pair_are_counted_over_all_rounds(tmp_path: Path) -> None:
+    task, home = tmp_path / "task", tmp_path / "mill"
+    task.mkdir()
+    (task / "recipe.yaml").write_text(
+        RECIPE.replace("judge: {rubric: label_fits, at_least: 4}", "panel: {rubric: label_fits, at_least: 3}").replace("near", "pairs")
+    )
+    (task / "seeds.jsonl").write_bytes((Path(__file__).parents[2] / "examples" / "bank-intents" / "seeds.jsonl").read_bytes())
+    recipe = load_recipe(task)
+    new = [chat(f"What about {n}?", "transfer_timing", round=1 + n % 2) for n in range(8)]
+    votes = [
+        [{"teacher": "small", "score": 1 + n % 5}, {"teacher": "big", "score": 5}, {"teacher": "third", "score": None}] for n in range(8)
+    ]
+    verdicts = [Verdict(sample=s.id, by="03-panel", keep=True, score=3, detail={"votes": of}) for s, of in zip(new, votes, strict=True)]
+    better = [["A", "B"], ["A", "A"], ["A", "A"], ["tie", "tie"], ["A", "tie"], ["B", "A"], ["A", "B"], ["A", "B"]]
+    verdicts += [Verdict(sample=s.id, by="04-pairs", keep=True, score=1, detail={"better": of}) for s, of in zip(new, better, strict=True)]
+    run = write_run(recipe.run_folder(home), seeds(), new, verdicts, filters=("03-panel", "04-pairs"))
+    panel, pairs = judge_report(recipe, run, home)
+    assert {name: (told["rows"], told["kept"]) for name, told in panel.by_teacher.items()} == {"small": (8, 4), "big": (8, 8)}
+    assert pairs.told == {"order decides": 0.25, "first preferred": round(9 / 13, 4)}

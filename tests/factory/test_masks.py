@@ -128,3 +128,17 @@ def test_the_last_verdict_of_each_filter_counts() -> None:
     assert spans_in(told) == {"s": {"2": [Span("text", 0, 3, "A")]}}
     with pytest.raises(ReleaseError, match="can't be read"):
         spans_in(verdicts_frame([verdict("1", mask=[["text", 0]])]))
+
+
+def test_the_same_value_elsewhere_in_the_row_is_masked_too() -> None:
+    of = sample(messages=[turn("user", "my NHS number is 943 476 5919"), turn("assistant", "I wrote down 943 476 5919.")])
+    hidden = mask(of, [Span("messages.0", 17, 29, "UK_NHS")])
+    assert [turn.content for turn in hidden.messages] == ["my NHS number is [UK_NHS]", "I wrote down [UK_NHS]."]
+
+
+def test_what_holds_another_secret_is_replaced_whole() -> None:
+    text = "a@b.example, https://x.example/?m=a@b.example&k=77"
+    of = sample(text=text, meta={"link": "https://x.example/?m=a@b.example&k=77"})
+    hidden = mask(of, [Span("text", 0, 11, "EMAIL"), Span("text", 13, len(text), "URL")])
+    assert hidden.text == "[EMAIL], [URL]"
+    assert hidden.meta == {"link": "[URL]"}

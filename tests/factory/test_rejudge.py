@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -16,7 +17,7 @@ from factory.recipe import Recipe, load_recipe
 from factory.records import RunFolder
 from factory.rejudge import changes_of, earlier_run, patched, rejudge
 from factory.run import run
-from factory.store import read_json
+from factory.store import read_json, write_json
 
 SEEDS = Path(__file__).parents[2] / "examples" / "bank-intents" / "seeds.jsonl"
 RECIPE = """\
@@ -153,6 +154,61 @@ def test_samples_of_other_seeds_or_generators_are_not_judged_for_this_recipe(tmp
         rejudge(before, load_recipe(other.path), home)
     with pytest.raises(GristmillError, match="no earlier run"):
         earlier_run(load_recipe(other.path), home)
+    (tmp_path / "other" / "seeds.jsonl").write_bytes(SEEDS.read_bytes())
+    other.path.write_text(text.replace("{kind: fake}", "{kind: fake, model: another}"))
+    with pytest.raises(GristmillError, match="another teacher 'small'"):
+        rejudge(before, load_recipe(other.path), home)
+    other.path.write_text(text.replace("target:", "seed: 7\ntarget:"))
+    with pytest.raises(GristmillError, match="seed of randomness"):
+        rejudge(before, load_recipe(other.path), home)
+
+
+def test_a_run_that_does_not_say_what_its_files_held_proves_nothing(mill: tuple[Recipe, Path, RunFolder], tmp_path: Path) -> None:
+    recipe, home, before = mill
+    shutil.copytree(before.path, tmp_path / before.path.name)
+    status = read_json(tmp_path / before.path.name / "run.json")
+    del status["files"]
+    write_json(tmp_path / before.path.name / "run.json", status)
+    with pytest.raises(GristmillError, match="earlier Gristmill"):
+        rejudge(RunFolder(tmp_path / before.path.name), recipe, home)
+
+
+def test_filters_of_one_key_are_told_apart(tmp_path: Path) -> None:
+    recipe = written(tmp_path / "task", accepted=30)
+    recipe.path.write_text(recipe.path.read_text() + "  - judge: {rubric: helpfulness, at_least: 2}\n")
+    recipe = load_recipe(recipe.path)
+    before = run(recipe, tmp_path / "mill", view="quiet")
+    changes = changes_of(recipe, tmp_path / "mill", without=["04-judge"])
+    assert changes.stages["stage"].to_list() == ["03-rules", "04-exact", "without 04-judge", "05-judge", "target"]
+    (judge,) = changes.stages.filter(pl.col("stage") == "05-judge").to_dicts()
+    assert (judge["comes"], judge["goes"]) == (0, 0)
+    assert judge["kept_before"] == before.verdicts.filter((pl.col("by") == "06-judge") & pl.col("keep")).height
+
+
+def test_a_setting_of_one_stage_is_no_other_stages(tmp_path: Path) -> None:
+    recipe = written(tmp_path / "task")
+    shared = "judge: &j {rubric: label_fits, at_least: 4}\n  - judge: *j"
+    recipe.path.write_text(recipe.path.read_text().replace("judge: {rubric: label_fits, at_least: 4}", shared))
+    changed = patched(load_recipe(recipe.path), ["04-judge.at_least=2"])
+    assert [line.stage.model_dump()["at_least"] for line in changed.stages[3:5]] == [2, 4]
+
+
+def test_a_kept_run_has_paid_nothing(mill: tuple[Recipe, Path, RunFolder], tmp_path: Path) -> None:
+    recipe, home, before = mill
+    other = tmp_path / "mill"
+    shutil.copytree(before.path, other / "runs" / before.path.name)
+    shutil.copy(home / "ledger.db", other)
+    path = other / "runs" / before.path.name / "round-01" / "02-compose" / "stage.json"
+    stage = read_json(path)
+    stage["teachers"]["small"]["micro_usd"] = 500
+    write_json(path, stage | {"micro_usd": 500})
+    kept = rejudge(RunFolder(other / "runs" / before.path.name), patched(recipe, ["rules.copied=0.96"]), other, keep=True).kept_in
+    assert kept
+    assert RunFolder(kept).status["micro_usd"] == 0
+    assert all(row.micro_usd == 0 for row in RunFolder(kept).funnel())
+    assert all(
+        told["micro_usd"] == 0 and told["from_ledger"] == told["calls"] for s in RunFolder(kept).stages for told in s["teachers"].values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,8 +258,6 @@ def test_the_command_prints_what_comes_and_goes_and_json(mill: tuple[Recipe, Pat
 
 
 def test_an_interrupted_round_is_left_out(mill: tuple[Recipe, Path, RunFolder], tmp_path: Path) -> None:
-    import shutil
-
     recipe, home, before = mill
     other = tmp_path / "mill"
     other.mkdir()

@@ -469,3 +469,26 @@ def test_in_a_run_the_seeds_that_are_set_aside_reach_the_filter(tmp_path: Path, 
     verdicts = record.verdicts.filter(pl.col("by") == "03-decontaminate")
     assert sorted(verdicts["reason"].to_list(), key=str) == [None, "evaluation item copied"]
     assert "holdout" in verdicts.filter(~pl.col("keep"))["detail"][0]
+
+
+def test_no_teacher_is_shown_what_is_set_aside(tmp_path: Path) -> None:
+    """Of the run's own test rows the cosine decides, also where teachers are asked about other sets."""
+    aside = real(BANK)
+    ctx = FakeContext(seeds=frame(), holdout=aside, answers=lambda _: '{"evidence": "", "same": false}')
+    rows = frame(*(chat(f"Please, {text[0].lower()}{text[1:]}", "x") for text in aside["input"]))
+    stage = Decontaminate.model_validate({"teachers": ["fake"], "against": [str(DEV)], "neighbours": 3, "suspect": 0.3})
+    verdicts = stage.judge(rows, ctx)
+    planned = list(stage.questions(rows, ctx))
+    assert len(ctx.asked) >= 10  # those that the cosine alone does not drop
+    assert len(planned) >= len(rows)
+    shown = [call.messages[-1].content.split("<item>")[1].split("</item>")[0] for call in (*ctx.asked, *planned)]
+    assert not any(text in prompt for prompt in shown for text in aside["input"] if text not in items(DEV))
+    assert verdicts.filter(~pl.col("keep")).height > 0
+    only = Decontaminate.model_validate({"teachers": ["fake"]})
+    assert list(only.questions(rows, FakeContext(seeds=frame(), holdout=aside))) == []
+    assert only.judge(rows, FakeContext(seeds=frame(), holdout=aside)).height == len(rows)
+
+
+def test_a_batch_without_a_text_to_compare_is_kept() -> None:
+    stage = Decontaminate.model_validate({"ngram": None, "overlap": None, "against": [str(DEV)]})
+    assert stage.judge(frame(chat("???", "yes")), FakeContext(seeds=real(BANK)))["keep"].to_list() == [True]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from factory.recipe import load_recipe
 from factory.store import VERDICTS, samples_frame
 from filters import rules
 from filters.rules import NAMES, Rules
@@ -18,6 +19,7 @@ from tests.context import FakeContext, chat, frame
 
 DATA = Path(__file__).parents[1] / "data"
 BANK = Path(__file__).parents[2] / "examples" / "bank-intents" / "seeds.jsonl"
+MINILM = Path(__file__).parents[2] / "factory" / "data" / "minilm"
 MADE = Provenance(origin="made", generator="test")
 
 
@@ -421,19 +423,90 @@ def test_a_call_names_a_tool_and_gives_what_it_takes(text: str, what: str | None
         Rules(tools_file=path)
 
 
+PARAMETERS: list[tuple[Any, str]] = [
+    ({"$ref": "#/$defs/none"}, "leads nowhere"),
+    ({"properties": {"to": {"$ref": "https://example.com/to.json"}}}, "leads nowhere"),
+    ({"title": "pay", "$ref": "#/title"}, "leads nowhere"),  # to no schema
+    ({"minProperties": 1, "$ref": "#/minProperties/a"}, "leads nowhere"),
+    ({"prefixItems": [True], "$ref": "#/prefixItems/a"}, "leads nowhere"),
+    ({"$dynamicRef": "#none"}, "can't be read"),
+    ({"default": {"type": "nonsense"}, "$ref": "#/default"}, "can't be read"),
+    ({"default": {"pattern": "("}, "properties": {"to": {"$ref": "#/default"}}}, "can't be read"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "what"), PARAMETERS)
+def test_a_tool_whose_schema_leads_nowhere_is_a_fault_of_its_row(parameters: Any, what: str, tmp_path: Path) -> None:
+    tools = [{"name": "pay", "parameters": parameters}]
+    said = (
+        ("user", "Pay five pounds to Ann, please."),
+        ("assistant", '<tool_call>{"name": "pay", "arguments": {"to": "Ann"}}</tool_call>'),
+    )
+    row = verdict(turns(*said, meta={"tools": tools}), FakeContext().seeds)
+    assert row["reason"] == "tool call"
+    assert what in row["detail"]["what"]
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps(tools))
+    if what == "leads nowhere":
+        with pytest.raises(ValidationError, match="leads nowhere"):
+            Rules(tools_file=path)
+
+
 def test_tokens_are_those_of_a_named_tokenizer() -> None:
-    tokenizer = str(Path(__file__).parents[2] / "factory" / "data" / "minilm")
+    tokenizer = MINILM / "tokenizer.json"
     text = "It is open."  # four tokens: it, is, open, full stop
-    assert reply(text, tokenizer=tokenizer, output={"min_tokens": 4, "max_tokens": 4})["reason"] is None
-    row = reply(text, tokenizer=tokenizer, output={"max_tokens": 3})
+    assert reply(text, tokenizer_file=tokenizer, output={"min_tokens": 4, "max_tokens": 4})["reason"] is None
+    row = reply(text, tokenizer_file=tokenizer, output={"max_tokens": 3})
     assert (row["reason"], row["score"], row["detail"]["what"]) == ("too long", 4, "tokens")
-    assert reply(text, tokenizer=tokenizer, output={"min_tokens": 5})["reason"] == "too short"
-    assert reply(text, tokenizer=tokenizer, total_tokens=13)["reason"] is None
-    assert reply(text, tokenizer=tokenizer, total_tokens=12)["detail"]["part"] == "row"
+    assert reply(text, tokenizer_file=tokenizer, output={"min_tokens": 5})["reason"] == "too short"
+    assert reply(text, tokenizer_file=tokenizer, total_tokens=13)["reason"] is None
+    assert reply(text, tokenizer_file=tokenizer, total_tokens=12)["detail"]["part"] == "row"
     with pytest.raises(ValidationError, match="Name its tokenizer"):
         Rules(max_tokens=3)
     with pytest.raises(ValidationError, match="there is no tokenizer 'no/such'"):
         Rules(tokenizer="no/such")
+    with pytest.raises(ValidationError, match="a file is named by tokenizer_file"):
+        Rules(tokenizer=str(tokenizer))
+    with pytest.raises(ValidationError, match=r"name a tokenizer\.json, or a folder with one"):
+        Rules(tokenizer_file=MINILM / "none")
+    with pytest.raises(ValidationError, match=r"is no tokenizer\.json"):
+        Rules(tokenizer_file=Path(__file__))
+
+
+def test_a_tokenizer_of_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--some--student" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_bytes((MINILM / "tokenizer.json").read_bytes())
+    (tmp_path / "models--some--student" / "refs").mkdir()
+    (tmp_path / "models--some--student" / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert reply("It is open.", tokenizer="some/student", output={"max_tokens": 3})["score"] == 4
+    with pytest.raises(ValidationError, match="two tokenizers"):
+        Rules(tokenizer="some/student", tokenizer_file=MINILM)
+
+
+def test_the_file_of_a_tokenizer_lies_by_its_recipe_and_is_part_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "recipe"
+    (folder / "student").mkdir(parents=True)
+    (folder / "student" / "tokenizer.json").write_bytes((MINILM / "tokenizer.json").read_bytes())
+    (folder / "student" / "weights").write_text("1")
+    (folder / "seeds.jsonl").write_bytes(BANK.read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def digest(where: str) -> str:
+        asked = {"tokenizer_file": where, "total_tokens": 9}
+        recipe = {"name": "bank", "target": {"accepted": 1}, "teachers": {"one": {"kind": "fake"}}}
+        stages = [{"seeds": {"path": "seeds.jsonl"}}, {"compose": {"teachers": ["one"]}}, {"rules": asked}]
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "stages": stages}))
+        return load_recipe(folder).digest
+
+    before = digest("student")
+    (folder / "student" / "weights").write_text("2")
+    assert digest("student") == digest("student/tokenizer.json") == before
+    file = folder / "student" / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    assert digest("student") != before
 
 
 ORDERS = [
@@ -521,6 +594,47 @@ def test_long_answers_end_as_the_seeds_do() -> None:
     assert verdict(sample, seeds[:9], copied=None)["reason"] is None  # too few to tell
     whole = turns(("user", "And what of the window?"), ("assistant", long.format("window", "!")))
     assert verdict(whole, seeds, copied=None)["reason"] is None
+
+
+LAST_LINES = [
+    ("def f{n}(x):\n    return x + {n}", "def g(x):\n    return x + 21", True),  # what the code computes is no form
+    ("def f{n}(x):\n    return x + {n}", "def g(x):\n    y = 3 * x\n    return y", True),
+    ("The door is shut.\nConfidence: 0.{n}", "The door is shut.\nConfidence: 1", True),
+    ("The door is shut.\nConfidence: 0.{n}", "The door is shut.\nIt is so", False),
+    ("The door is shut.\n  **Answer:** {n}", "The door is shut.\n\t**Answer:** none", True),
+    ("The door is shut.\n#### 1{n}", "The door is shut.\n#### 7", True),
+    ("The door is shut.\n#### 1{n}", "The door is shut.\nThat is 7", False),
+    ("<answer>\n{n}\n</answer>", "<answer>\nseven", False),
+]
+
+
+@pytest.mark.parametrize(("seed", "answer", "stays"), LAST_LINES)
+def test_answers_end_with_a_line_of_the_form_that_the_seeds_have(seed: str, answer: str, stays: bool) -> None:
+    seeds = frame(*(turns(("user", f"What of door {n}?"), ("assistant", seed.format(n=n))) for n in range(20)))
+    row = verdict(turns(("user", "And what of the window?"), ("assistant", answer)), seeds, length=None, language=None)
+    assert row["reason"] == (None if stays else "unfinished")
+    assert stays or "its last line does not begin with" in row["detail"]["what"]
+
+
+@pytest.mark.parametrize(
+    ("text", "stays"),
+    [
+        ("no no no no no", True),
+        ("no No, no no NO no", False),
+        ("нет нет нет нет нет нет", False),
+        ("아니 아니 아니 아니 아니 아니", False),
+        ("[0, 0, 0, 0, 0, 0]", True),
+        ("哈哈哈哈哈哈", True),
+        ("no no no 0 no no no", True),
+        ("no no no 哈 no no no", True),
+        ("哈no哈no哈no哈", True),
+        ("0 no no no no no no", False),
+    ],
+)
+def test_only_a_word_of_letters_between_spaces_is_said_too_often(text: str, stays: bool) -> None:
+    row = reply(text, language=None)
+    assert row["reason"] == (None if stays else "repetition")
+    assert stays or row["score"] == 6
 
 
 def test_what_a_pattern_needs_stands_in_whatever_it_finds() -> None:
