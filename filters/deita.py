@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from factory.errors import GristmillError
 from factory.stage import Context, Filter, TeacherNames
 from factory.store import verdicts_from
 from filters.models import NO_ANSWER, NO_NUMBER, NOT_JUDGED, Device, Dtype, Shown, detail_of, is_classifier, opened
+from filters.question import only_object, silence, tagged, who, with_defaults
 from filters.twins import Compare, text_of
 from schemas.call import Answer, Call, Params
 from schemas.sample import Message
@@ -35,7 +35,6 @@ SCHEMA: dict[str, Any] = {
     "required": ["evidence", "complexity", "quality"],
     "additionalProperties": False,
 }
-_PARAMS = {"temperature": 0.0, "max_tokens": 600}
 
 _SYSTEM = """\
 You rate one training example on two scales from 1 to 6. Be strict: where two numbers could be given, give the lower.
@@ -88,7 +87,7 @@ class Deita(Filter):
     distance: float = Field(0.1, ge=0, lt=1, description="1 - cosine to the nearest kept row that a row must exceed")
     compare: Compare = Field("both", description="the text that distance is measured by")
     keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="how many rows of a round stay, or which share of them"
+        None, description="how many rows of a round stay, or which share of them (one at the least)"
     )
     on_failure: Literal["reject", "keep"] = "reject"
     params: Params = Field(Params(), description="unset: temperature 0 and max_tokens 600")
@@ -131,7 +130,7 @@ class Deita(Filter):
         new = np.arange(len(rows)) >= len(known)
         limit = round(1 - self.distance, 6)
         far, twin, likeness = settle(ctx.embed(rows["compared"].to_list()), new, limit, mode="exact")
-        wanted = round(self.keep * samples.height) if isinstance(self.keep, float) else self.keep
+        wanted = max(1, round(self.keep * samples.height)) if isinstance(self.keep, float) else self.keep
         reasons: list[str | None] = [NOT_JUDGED] * samples.height
         left = wanted if wanted is not None else samples.height
         for place, row in enumerate(order, len(known)):
@@ -150,11 +149,9 @@ class Deita(Filter):
         teachers = self.teachers or tuple(ctx.teachers)
         if not teachers:
             raise GristmillError("the recipe names no teachers", where=ctx.stage, next="Add one under teachers:, or name two models.")
-        params = self.params.model_copy(update={k: v for k, v in _PARAMS.items() if k not in self.params.model_fields_set})
-        for row in samples.select("id", "input", "output").filter(_ANSWERED).iter_rows(named=True):
-            parts = f"Input: {row['input']}\nOutput: {row['output']}".replace("</example>", "&lt;/example>")
-            example = f"<example>\n{parts}\n</example>"
-            messages = (Message(role="system", content=_SYSTEM), Message(role="user", content=_QUESTION.format(example=example)))
+        params = with_defaults(self.params)
+        for row in samples.filter(_ANSWERED).select("id", "input", "output", "chosen").iter_rows(named=True):
+            messages = (Message(role="system", content=_SYSTEM), Message(role="user", content=_QUESTION.format(example=tagged(row))))
             teacher = random.Random(row["id"]).choice(teachers)
             yield Call(teacher=teacher, messages=messages, params=params, json_schema=SCHEMA, ref=row["id"])
 
@@ -220,15 +217,8 @@ def _mean(logits: NDArray[np.float64]) -> float | str:
 
 def _told(answer: Answer) -> dict[str, Any]:
     """Both scores in a teacher's answer, and what they stand on; `text` or `error` where there are not two whole numbers from 1 to 6."""
-    by = {"teacher": answer.teacher or answer.call.teacher, "call": answer.key}
-    if answer.reply is None:
-        return {"error": answer.error, **by}
-    for start in (match.start() for match in re.finditer(r"\{", answer.reply.text)):
-        try:
-            value, _ = json.JSONDecoder(strict=False).raw_decode(answer.reply.text, start)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and all(type(value.get(name)) is int and value[name] in SCALE for name in ("complexity", "quality")):
-            return {"complexity": value["complexity"], "quality": value["quality"], "evidence": str(value.get("evidence") or ""), **by}
-        break
-    return {"text": answer.reply.text, **by}
+    by = {"teacher": who(answer), "call": answer.key}
+    value = only_object(answer.reply.text, ("evidence", "complexity", "quality")) if answer.reply else None
+    if value is None or not all(type(value[name]) is int and value[name] in SCALE for name in ("complexity", "quality")):
+        return silence(answer) | by
+    return {"complexity": value["complexity"], "quality": value["quality"], "evidence": str(value["evidence"] or ""), **by}

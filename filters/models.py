@@ -133,6 +133,12 @@ class Model:
             return Read([], error=f"{len(tokens)} tokens, more than {most}")
         return Read(tokens, start)
 
+    def windows(self, text: str, most: int, shared: int) -> list[Read]:
+        """A text of any length, read with special tokens, in parts of at most `most` tokens, of which two in a row share `shared`."""
+        with self._lock:
+            cut = {"truncation": True, "max_length": most, "stride": shared, "return_overflowing_tokens": True}
+            return [Read(tokens) for tokens in self.tokenizer([text], **cut).input_ids if tokens]
+
     def _begin(self) -> int | None:
         begin: int | None = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if begin is None else begin  # GPT-2 and its like begin a text by the end of the last
@@ -230,12 +236,13 @@ class Model:
 
 
 def opened(stage: Filter, task: Task, name: str, where: str) -> Model:
-    """The model `name` with the settings of `stage`, opened at the first use in this process.
+    """The model `name` with the settings of `stage`, those that it lacks as `ByModel` has them; opened at the first use in this process.
 
     MissingExtra without torch or transformers; GristmillError where it can't be had: no such folder, not in the hub's cache, no GPU, or
     a model whose head for `task` was never trained.
     """
-    told = {field: getattr(stage, field, None) for field in ("revision", "gguf_file", "dtype", "device", "options")}
+    known = {field: ByModel.model_fields[field] for field in ("revision", "gguf_file", "dtype", "device", "options")}
+    told = {name: getattr(stage, name, field.get_default(call_default_factory=True)) for name, field in known.items()}
     with _OPENING, _said_plainly(name, where):
         return _opened(task, name, json.dumps(told, sort_keys=True))
 
@@ -297,6 +304,10 @@ def _opened(task: Task, name: str, told: str) -> Model:
 def _said_plainly(name: str, where: str) -> Iterator[None]:
     """What opening a model may raise, as the errors of ours that say what to do."""
     try:
+        from huggingface_hub import constants
+
+        # Else it asks the hub, for its telemetry, which programs there are that it might run in: whatever `local_files_only` says.
+        constants.HF_HUB_DISABLE_TELEMETRY = True
         yield
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "transformers", "models", "a filter that asks a local model") from error

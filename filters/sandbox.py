@@ -49,6 +49,11 @@ LIFE_S = 120  # of a lasting process; where Gristmill itself was killed, its CPU
 RECORDS_KB = 1024
 _CODE = Path(__file__).resolve().parents[1]  # where the functions that may be named are imported from
 _UNSHARE_SAYS = re.compile(r"^unshare: .*\n", re.MULTILINE)  # where the process in it was killed
+# What a process ends with that the kernel kills for its CPU time: the signal, or, where it is the first of a namespace and `unshare`
+# waits for it, 1 as well (it fails to die by SIGKILL itself, util-linux 2.38). Others are killed too, and Python's own 1 is an
+# exception: the time used decides. The kernel holds ticks to the limit, which may run ahead of the time that it tells.
+_KILLED = (-signal.SIGKILL, -signal.SIGXCPU, 128 + signal.SIGKILL, 128 + signal.SIGXCPU, 1)
+_NEARLY = 0.8
 _UNSHARE = ("--user", "--map-root-user", "--net", "--ipc")
 
 
@@ -161,6 +166,7 @@ class _Inside:
         self.output, self.rest, self.size = b"", b"", 0
         self.said: list[dict[str, Any]] = []
         self.born = 0.0
+        self.cpu, self.used = math.inf, 0.0  # seconds of the processor: what it is killed for, what it had when it ended
 
     def __enter__(self) -> _Inside:
         return self
@@ -169,7 +175,7 @@ class _Inside:
         self.end()
 
     def ask(self, question: Any) -> Answer:
-        if self.process is None or self.process.poll() is not None or time.monotonic() - self.born > LIFE_S:
+        if self.process is None or self._ended() or time.monotonic() - self.born > LIFE_S:
             self.end()
             self._start()
         assert self.process is not None and self.process.stdin is not None
@@ -183,30 +189,45 @@ class _Inside:
         said = [record["said"] for record in self.said if "said" in record]
         value = next((record["answer"] for record in self.said if "answer" in record), None)
         if fate != "answered" or not self.lasting:
-            self.end()
-            if fate == "died" and self.limits.cpu_seconds is not None and seconds >= self.limits.cpu_seconds:
+            code = self.end()
+            if fate == "died" and code in _KILLED and self.used >= _NEARLY * self.cpu:
                 fate = "timed out"
         output = _UNSHARE_SAYS.sub("", self.output.decode(errors="replace"))[: self.limits.output_chars]
         return Answer(fate, value, tuple(said), output, seconds)
 
-    def end(self) -> None:
-        """Kill the process with all that it started, and delete its folder."""
+    def end(self) -> int | None:
+        """Kill the process with all that it started, and delete its folder; the return code, if there was one."""
         if self.process is None:
-            return
+            return None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self._ended(0)
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):  # what was not read any more
                 if pipe is not None:
                     pipe.close()
         os.close(self.records)
         self.ears.close()
-        self.process = None
+        code, self.process = self.process.returncode, None
         try:
             shutil.rmtree(self.folder, ignore_errors=True)
         except RecursionError:  # folders in folders in folders
             subprocess.run(["rm", "-rf", self.folder], check=False, capture_output=True)
+        return code
+
+    def _ended(self, options: int = os.WNOHANG) -> bool:
+        """Whether the process has ended; then its return code and the CPU time that it `used` are known. options: of wait4."""
+        assert self.process is not None
+        if self.process.returncode is None:
+            try:
+                pid, status, cost = os.wait4(self.process.pid, options)
+            except ChildProcessError:  # where SIGCHLD is ignored nobody can tell
+                self.process.returncode, self.used = 0, 0.0
+            else:
+                if pid:
+                    self.process.returncode = os.waitstatus_to_exitcode(status)
+                    self.used = cost.ru_utime + cost.ru_stime
+        return self.process.returncode is not None
 
     def _start(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="gristmill-")
@@ -242,6 +263,7 @@ class _Inside:
                 where=self.function,
                 next="Free memory, or allow more processes, and run the same command.",
             )
+        self.cpu = next(record["ready"] for record in self.said if "ready" in record) or math.inf
         self.born = time.monotonic()
 
     def _listen(self, deadline: float, what: str) -> Fate:
@@ -251,7 +273,7 @@ class _Inside:
             if (left := deadline - time.monotonic()) <= 0:
                 return "timed out"
             ready = self.ears.select(min(left, 0.1))
-            ended = not ready and self.process.poll() is not None  # a grandchild may hold the pipes open
+            ended = not ready and self._ended()  # a grandchild may hold the pipes open
             # The output first: it was written before the answer.
             for key, _ in sorted(ready, key=lambda pair: pair[0].fd == self.records):
                 try:
@@ -305,9 +327,9 @@ def _serve() -> None:
         importlib.import_module(other)
     sys.path[:] = [folder, *(job["packages"] or standard)]
     sys.argv[:] = ["sample"]
-    _limit(job["limits"], counted=job["counted"])
+    cpu = _limit(job["limits"], counted=job["counted"])
     _lock(folder, [*sys.path, sys.prefix, sys.base_prefix])
-    write({"ready": True})
+    write({"ready": cpu})
     for line in lines:
         answer = function(json.loads(line), lambda said: write({"said": said}))
         sys.stdout.flush()
@@ -316,7 +338,8 @@ def _serve() -> None:
     os._exit(0)  # threads that the code has left behind are not waited for
 
 
-def _limit(limits: dict[str, Any], *, counted: bool) -> None:
+def _limit(limits: dict[str, Any], *, counted: bool) -> int | None:
+    """Set the limits; that of CPU time, in seconds of the process's whole life, None where there is none."""
     import resource
 
     held = 0
@@ -338,6 +361,8 @@ def _limit(limits: dict[str, Any], *, counted: bool) -> None:
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         with contextlib.suppress(OSError, ValueError):  # macOS knows no limit of memory
             resource.setrlimit(which, (most, most))
+    cpu = resource.getrlimit(resource.RLIMIT_CPU)[0]
+    return None if cpu == resource.RLIM_INFINITY else cpu
 
 
 _READ_TOO = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/zero", "/usr/share/zoneinfo", "/etc/localtime", "/etc/mime.types")

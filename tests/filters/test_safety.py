@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from filters.safety import Classifier, Safety, read_judgement
 from schemas.call import Call
 from schemas.sample import Sample
 from tests.context import FakeContext, chat, frame
+from tests.small_models import made
 
 ROOT = Path(__file__).parents[2]
 REAL = ("examples/bank-intents/seeds.jsonl", "bench/data/banking77_dev.jsonl", "tests/data/gsm8k.jsonl", "tests/data/self_instruct.jsonl")
@@ -249,7 +254,19 @@ def test_a_judge_rejects_from_the_severity_on(category: str, severity: int, keep
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no", said("nonsense", 1), said("hate", 4), said("none", 2), '{"category": "hate"}', '{"category": "hate", "severity": true}'],
+    [
+        "",
+        "no",
+        said("nonsense", 1),
+        said("hate", 4),
+        said("none", 2),
+        said("none", 0) + said("hate", 3),
+        '{"category": "hate"}',
+        '{"category": "hate", "severity": 0}',
+        '{"evidence": "", "category": "hate", "severity": true}',
+        '{"evidence": "", "category": "hate", "severity": 2.0}',
+        '{"evidence": "", "category": ["hate"], "severity": 2}',
+    ],
 )
 def test_an_answer_that_is_not_of_the_lists_is_no_judgement(text: str) -> None:
     assert read_judgement(text) is None
@@ -316,11 +333,19 @@ ROWS = [
 ]
 
 
+def classifier(name: str, *unsafe: str) -> Classifier:
+    return Classifier.of(Safety(classifier=name, unsafe_labels=unsafe), name, unsafe)
+
+
+def harms(model: Classifier, *texts: str) -> list[float]:
+    return [each.harm for each in model.harm(texts) if each is not None]
+
+
 def test_a_classifier_gives_each_row_the_harm_of_its_worst_turn(bert: str) -> None:
     verdicts = judged(*ROWS, classifier=bert, unsafe_labels=("toxic", "threat"))
-    model = Classifier.load(bert, ("toxic", "threat"))
+    model = classifier(bert, "toxic", "threat")
     for sample, verdict in zip(ROWS, verdicts, strict=True):
-        harm = [each.harm for each in model.harm([message.content for message in sample.messages])]
+        harm = harms(model, *[message.content for message in sample.messages])
         assert verdict["score"] == pytest.approx(max(harm), abs=1e-5)
         assert verdict["detail"]["at"] == f"messages.{harm.index(max(harm))}"
         assert verdict["keep"] == (verdict["score"] < 0.5)
@@ -334,20 +359,20 @@ def test_a_classifier_gives_each_row_the_harm_of_its_worst_turn(bert: str) -> No
 
 
 def test_batches_and_long_texts_do_not_change_what_a_classifier_says(bert: str) -> None:
-    model = Classifier.load(bert, ("toxic",))
+    model = classifier(bert, "toxic")
     many = ["he is good", "bread " * 200, "kill it", *["she is bad"] * 70]
-    together = [each.harm for each in model.harm(many)]
-    alone = [model.harm([text])[0].harm for text in many[:4]]
+    together = harms(model, *many)
+    alone = [harms(model, text)[0] for text in many[:4]]
     assert together[:4] == pytest.approx(alone, abs=1e-5)
-    late = model.harm(["bread " * 100 + "kill kill kill awful"])[0].harm
-    assert late >= model.harm(["bread " * 10])[0].harm - 1e-6  # the last window is read as well
+    (late,) = harms(model, "bread " * 100 + "kill kill kill awful")
+    assert late >= harms(model, "bread " * 10)[0] - 1e-6  # the last window is read as well
     assert model.harm([]) == []
 
 
 def test_bias_tells_whether_other_words_would_have_changed_the_decision(bert: str) -> None:
     rows = [chat("he is bad"), chat("bread")]
-    model = Classifier.load(bert, ("toxic",))
-    he, she = (model.harm([text])[0].harm for text in ("he is bad", "she is bad"))
+    model = classifier(bert, "toxic")
+    he, she = (harms(model, text)[0] for text in ("he is bad", "she is bad"))
     assert he != pytest.approx(she)
     for limit, changed in (((he + she) / 2, True), (max(0.001, min(he, she) / 2), False)):
         first, second = judged(*rows, classifier=bert, unsafe_labels=("toxic",), unsafe_at_least=limit, bias=True)
@@ -358,8 +383,60 @@ def test_bias_tells_whether_other_words_would_have_changed_the_decision(bert: st
 def test_what_a_classifier_lacks_is_said(bert: str, tmp_path: Path) -> None:
     with pytest.raises(GristmillError, match="no label 'toxi'; did you mean 'toxic'"):
         judged(ROWS[0], classifier=bert, unsafe_labels=("toxi",))
-    with pytest.raises(GristmillError, match="can't be loaded"):
+    with pytest.raises(GristmillError, match="can't open the model"):
         judged(ROWS[0], classifier=str(tmp_path / "none"), unsafe_labels=("toxic",))
+    with pytest.raises(GristmillError, match="no trained weights"):
+        judged(ROWS[0], classifier=made("classifier", labels=("fine", "toxic"), headless=True), unsafe_labels=("toxic",))
+
+
+def test_a_classifier_is_never_fetched(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+
+    def refuse(*address: Any, **_: Any) -> None:
+        tried.append(address)
+        raise OSError("no network in tests")
+
+    detect = pytest.importorskip("huggingface_hub.utils._detect_agent")
+    monkeypatch.setattr(detect, "_registry", None)  # as it is in a process that has opened nothing yet
+    monkeypatch.setattr(detect, "_read_cached_registry", lambda *_, **__: None)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(GristmillError, match="can't open the model"):
+        judged(ROWS[0], classifier="nobody/no-such-classifier", unsafe_labels=("toxic",))
+    assert tried == []
+
+
+def test_batches_that_are_judged_at_once_open_a_classifier_once(bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    kind, loads = transformers.AutoModelForSequenceClassification, []
+    load = kind.from_pretrained
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        loads.append(args)
+        time.sleep(0.2)
+        return load(*args, **settings)
+
+    shutil.copytree(bert, tmp_path / "bert")
+    monkeypatch.setattr(kind, "from_pretrained", counted)
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(lambda _: judged(*ROWS, classifier=str(tmp_path / "bert"), unsafe_labels=("toxic",)), range(4)))
+    assert len(loads) == 1
+    assert scores == [scores[0]] * 4
+
+
+def test_what_a_classifier_gives_no_number_for_is_not_judged(bert: str, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    shutil.copytree(bert, tmp_path / "bert")
+    broken = transformers.BertForSequenceClassification.from_pretrained(bert)
+    torch.nn.init.constant_(broken.classifier.bias, float("nan"))
+    broken.save_pretrained(tmp_path / "bert")
+    settings: dict[str, Any] = {"classifier": str(tmp_path / "bert"), "unsafe_labels": ("toxic",)}
+    (verdict,) = judged(ROWS[0], **settings)
+    assert (verdict["keep"], verdict["reason"], verdict["score"]) == (False, "not judged", None)
+    assert verdict["detail"]["error"] == "the model gave no number"
+    assert judged(ROWS[0], **settings, on_failure="keep")[0]["keep"]
 
 
 # -- settings --------------------------------------------------------------------------------------------------------------

@@ -112,6 +112,35 @@ def test_time_of_the_processor_is_bounded_too() -> None:
     assert time.monotonic() - start < 30
 
 
+BURNS = """
+import hashlib, threading
+threads = [threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"x", b"y", 10**9)) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+@pytest.fixture(params=["namespaces", "no namespaces"])
+def namespaces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "no namespaces":
+        monkeypatch.setattr(sandbox, "_namespaces", lambda: ())
+    elif not sandbox._namespaces():
+        pytest.skip("this machine lets nobody have namespaces of their own")
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_threads_that_use_up_the_time_of_the_processor_early_are_timed_out_too() -> None:
+    answer = run(BURNS, limits=Limits(seconds=60, cpu_seconds=4))
+    assert (answer.fate, answer.output) == ("timed out", "")
+
+
+@pytest.mark.usefixtures("namespaces")
+@pytest.mark.parametrize("end", ["os._exit(0)", "os._exit(1)", "os._exit(137)", "os.abort()", "signal.raise_signal(9); os._exit(1)"])
+def test_a_process_that_ends_itself_late_has_died(end: str) -> None:
+    answer = run(f"import os, signal, time\ntime.sleep(1.2)\n{end}", limits=Limits(seconds=30, cpu_seconds=1))
+    assert answer.fate == "died"
+
+
 @pytest.mark.parametrize("code", ["import os\nos._exit(0)", "import os\nos.abort()"])
 def test_a_process_that_ends_itself_has_not_answered(code: str) -> None:
     answer = run(code)
