@@ -18,9 +18,9 @@ NAMES = {
 HEAD = """# How fast, how safe, how exact
 
 Every figure here was written by `python docs/performance.py` from the results of `make bench` and `make bench-peers`
-([bench/results](../bench/results)), on a machine with {cores} cores and Python {python}. One run each (of our calls of 5 ms the middle of
-three); other work on the machine shows in them. The server is ours (`bench/mock_teacher.py`), in a process of its own, and is itself measured: bare connections
-drive it at {server:,.0f} answers a second.
+([bench/results](../bench/results)), on a machine with {cores} cores and Python {python}. One run each (of our calls of 5 ms the
+middle of three); other work on the machine shows in them. The server is ours (`bench/mock_teacher.py`), in a process of its own, and is
+itself measured: bare connections drive it at {server:,.0f} answers a second.
 
 ## The gateway beside other engines
 
