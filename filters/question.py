@@ -348,6 +348,21 @@ def only_object(text: str, keys: Sequence[str]) -> dict[str, Any] | None:
     return found[0] if len(found) == 1 and found[0].keys() == set(keys) else None
 
 
+def yes_or_no(name: str) -> dict[str, Any]:
+    """The JSON schema of an answer that holds the evidence, and then true or false under `name`."""
+    properties = {"evidence": {"type": "string"}, name: {"type": "boolean"}}
+    return {"type": "object", "properties": properties, "required": ["evidence", name], "additionalProperties": False}
+
+
+def read_yes_or_no(answer: Answer, name: str) -> tuple[bool | None, dict[str, Any]]:
+    """What a teacher says under `name`, and what a detail tells of it; None where it says neither true nor false."""
+    told: dict[str, Any] = {"teacher": who(answer), "call": answer.key}
+    value = only_object(answer.reply.text, ("evidence", name)) if answer.reply else None
+    if value is None or not isinstance(value[name], bool):
+        return None, told | silence(answer)
+    return value[name], told | {"evidence": str(value["evidence"])}
+
+
 _SCORE = re.compile(r"\bscore\b[\s\"'*_:=]*(?:is\s+|of\s+)?[*_]*(-?\d+(?:[.,]\d+)?)(?:\s*(?:/|out of)\s*(\d+))?", re.IGNORECASE)
 _NUMBER = re.compile(r"(\d{1,20}(?:\.0{1,20})?)(?:\s*(?:/|out of)\s*5)?")
 
