@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +35,12 @@ class Params(BaseModel):
     def asked(self) -> dict[str, Any]:
         """What is set, as plain data; made once, since a stage gives the same params to all of its calls. Not to be changed."""
         return self.model_dump(exclude_none=True)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, but for `asked`, which it would take along: a copy that asks for something else has another key."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("asked", None)
+        return copied
 
 
 _UNSET = Params()

@@ -95,3 +95,10 @@ def test_nouns_are_immutable() -> None:
         chat(("user", "hi")).label = "x"  # type: ignore[misc]
     with pytest.raises(ValidationError):
         Verdict(sample="s", by="b", keep=True).keep = False  # type: ignore[misc]
+
+
+def test_a_copy_that_asks_for_something_else_has_another_key() -> None:
+    call = Call(teacher="t", prompt="p", params=Params(max_tokens=5))
+    first = call.key("a", "m")  # from here on the params remember what they ask for
+    other = call.model_copy(update={"params": call.params.model_copy(update={"max_tokens": 9})})
+    assert other.key("a", "m") == Call(teacher="t", prompt="p", params=Params(max_tokens=9)).key("a", "m") != first
