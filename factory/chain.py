@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import polars as pl
 
-from factory import rounds
 from factory.embed import Embedder, open_embedder
 from factory.errors import BudgetSpent, RunError
 from factory.gateway import NOT_OF_SCHEMA, UNKNOWN, Gateway, filled
@@ -47,11 +46,12 @@ class World:
     """What all stages of a round see alike."""
 
     seeds: pl.DataFrame
-    kept: pl.DataFrame
+    kept: pl.DataFrame  # all that filters kept, for filters to compare with
+    accepted: pl.DataFrame = field(default_factory=SAMPLES.to_frame)  # and what the target took of it, for generators to go on from
     holdout: pl.DataFrame = field(default_factory=SAMPLES.to_frame)
     quality: pl.DataFrame = field(default_factory=QUALITY.to_frame)
-    needs: tuple[Need, ...] = ()
-    worth: Mapping[str, float | None] = field(default_factory=dict)
+    needs: Mapping[str, tuple[Need, ...]] = field(default_factory=dict)  # by the generator's line
+    reference: pl.DataFrame = field(default_factory=SAMPLES.to_frame)
 
 
 @dataclass
@@ -69,16 +69,17 @@ class Tally:
     tokens_out: int = 0
     seconds: float = 0.0
     teachers: dict[str, Counter[str]] = field(default_factory=dict)
-    costs: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # of each call: who answered, and its price when it was bought
+    # Of each call: who answered, its price when it was bought, and what it aimed at.
+    costs: dict[str, tuple[str, int | None, str]] = field(default_factory=dict)
     reports: dict[str, Any] = field(default_factory=dict)
 
 
 class Stages:
-    """The stages of one run at work. `quota` is what the target's places are to hold; `broke`: the budget ended a stage early."""
+    """The stages of one run at work. `count` says of how many places rows are, for the view; `broke`: the budget ended a stage early."""
 
     def __init__(self, recipe: Recipe, folder: Path, gateway: Gateway, state: RunState) -> None:
         self.recipe, self.folder, self.gateway, self.state = recipe, folder, gateway, state
-        self.quota: Mapping[str, int] = {}
+        self.count: Callable[[pl.DataFrame], Mapping[str, int]] = lambda rows: {}
         self.broke = False
         self.embedder: Embedder | None = None
         self._embedder_lock = threading.Lock()
@@ -123,7 +124,12 @@ class Stages:
             raise
         if errors:
             raise next((e for e in errors if not isinstance(e, _Aborted)), errors[0])
-        return _drained(lanes[-1])
+        flow = _drained(lanes[-1])
+        made = [
+            read_frame(self._stage_folder(number, line) / "samples.parquet", SAMPLES) for line in chain if isinstance(line.stage, Generator)
+        ]
+        new = flow.select("id").join(pl.concat([*made, SAMPLES.to_frame()]), on="id", how="inner")  # with the origin that was written down
+        return pl.concat([flow.join(new, on="id", how="anti"), new]).sort("id")
 
     def _generate(
         self,
@@ -148,11 +154,13 @@ class Stages:
         start = time.monotonic()
         made_here: dict[str, Sample] = {}
         failures: list[Failure] = []
-        for item in stage.generate(pl.concat([world.kept, flow]), ctx):
+        for item in stage.generate(pl.concat([world.accepted, flow]), ctx):
             self.check_abort()
             if isinstance(item, Failure):
                 failures.append(item)
                 continue
+            if (first := made_here.get(item.id)) and (item.provenance.call or "") < (first.provenance.call or ""):
+                made_here[item.id], item = item, first  # whichever came first: whose it is must not hang on that
             if item.id in known:
                 failures.append(_repeat(item))
                 continue
@@ -207,7 +215,7 @@ class Stages:
             kept = batch.join(verdicts.filter("keep").select("sample"), left_on="id", right_on="sample", how="semi", maintain_order="left")
             shown_state.done += batch.height
             shown_state.kept += kept.height
-            for place, n in rounds.counts(kept, self.quota).items():
+            for place, n in self.count(kept).items():
                 shown_state.places[place] = shown_state.places.get(place, 0) + n
             shown_state.rejected += batch.height - kept.height
             out.put(kept)
@@ -292,8 +300,8 @@ class _StageContext:
         self._stages = stages
         self.stage, self.round = line.folder, number
         self.rng = random.Random(f"{stages.recipe.seed}/{line.folder}/{number}")
-        self.seeds, self.kept, self.needs, self.worth = world.seeds, world.kept, world.needs, world.worth
-        self.holdout, self.quality = world.holdout, world.quality
+        self.seeds, self.kept, self.needs = world.seeds, world.kept, world.needs.get(line.folder, ())
+        self.holdout, self.quality, self.reference = world.holdout, world.quality, world.reference
         self.teachers = tuple(stages.recipe.teachers)
         self.models = {name: teacher.model for name, teacher in stages.recipe.teachers.items()}
         self.tally = Tally()
@@ -338,7 +346,7 @@ class _StageContext:
         tally.micro_usd += paid
         useless = (answer.error or "").startswith(NOT_OF_SCHEMA)
         if answer.reply or answer.micro_usd or useless:
-            tally.costs[answer.key] = who, answer.micro_usd
+            tally.costs[answer.key] = who, answer.micro_usd, answer.call.aim
         if answer.reply is None:
             if paid or useless:  # it came, and can't be used
                 came = {"calls": 1, "from_ledger": int(not answer.fresh), "tokens_in": 0, "tokens_out": 0, "micro_usd": paid}

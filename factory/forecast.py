@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from factory import rounds
+from factory.aim import PATIENCE
 
 Numbers = NDArray[np.float64]
 
@@ -72,14 +73,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Asks:
-    """How many questions a generator has for a place: `calls[i]` where `samples[i]` samples are wanted; at most `most` a round."""
+    """How many questions a generator has for a place: `calls[i]` where `samples[i]` samples are wanted of it; at most `most` a round.
+
+    `part` of what is wanted is wanted of it; the others do the rest.
+    """
 
     samples: Numbers
     calls: Numbers
     most: float = math.inf
+    part: float = 1.0
 
     def of(self, wanted: Numbers) -> NDArray[np.int64]:
         """Calls by place; where `most` cuts them short, places take turns."""
+        wanted = wanted * self.part
         last, calls = self.samples[-1], self.calls[-1]
         inside = np.interp(wanted, np.append(0, self.samples), np.append(0, self.calls))
         calls = np.ceil(np.where(wanted > last, calls * wanted / last, inside) - 1e-9)
@@ -131,7 +137,10 @@ class Lane(NamedTuple):
 
 @dataclass(frozen=True)
 class Outlook:
-    """All that is known before a run, or early in it. `copies_at` is the sieve in which rows are compared with each other, if any."""
+    """All that is known before a run, or early in it. `copies_at` is the sieve in which rows are compared with each other, if any.
+
+    `quota`: good rows that each place is to have, `oversample` times as many as are taken.
+    """
 
     quota: Mapping[str, int]
     oversample: float
@@ -266,7 +275,7 @@ def forecast(outlook: Outlook, *, seed: int = 0, plays: int = PLAYS) -> Forecast
         for i, key in enumerate(keys)
     ]
     ends = Counter(play.end for play in played)
-    rows = np.array([play.have.sum() for play in played])
+    rows = np.minimum([play.have.sum() for play in played], round(sum(outlook.quota.values()) / outlook.oversample))
     broke = np.array([play.end == "budget" for play in played])
     return Forecast(
         columns=tuple(columns),
@@ -306,8 +315,8 @@ class _Play:
         """The rounds, as `factory.run` turns them."""
         number, idle = 1, 0
         while self.have.sum() < self.quota.sum():
-            if idle >= rounds.STALLED_ROUNDS or number > self.outlook.rounds:
-                self.end = "stalled" if idle >= rounds.STALLED_ROUNDS else "rounds"
+            if idle >= PATIENCE or number > self.outlook.rounds:
+                self.end = "stalled" if idle >= PATIENCE else "rounds"
                 break
             before = {key: bill.copy() for key, bill in self.bill.items()}
             accepted = self._round(number)

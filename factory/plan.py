@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -195,24 +195,27 @@ class _Desk:
             ctx.needs = needs
             return sum(1 for _ in stage.questions(self.first.seeds, ctx))
 
-        label = self.first.needs[0].label
+        mine = self.first.needs[line.folder]
+        place = replace(mine[0], missing=0)
         wanted: list[float] = []
         calls: list[float] = []
         missing = 1
         while not calls or (calls[-1] < _ENOUGH_CALLS and not (len(calls) > _EVERY_UP_TO and calls[-1] == calls[-2])):
             wanted.append(float(missing))
-            calls.append(float(count([Need(missing=missing, label=label, rate=1.0)])))
+            calls.append(float(count([replace(place, missing=missing, rate=1.0)])))
             missing += max(1, missing // 2) if missing >= _EVERY_UP_TO else 1
         table = Asks(np.array(wanted), np.array(calls))
-        needs = [Need(missing=need.missing * 4, label=need.label) for need in self.first.needs]
+        needs = [replace(need, missing=need.missing * 4) for need in mine]
         asked = count(needs)
         expected = table.of(np.array([need.missing / ASSUMED_RATE for need in needs])).sum()
-        return Asks(table.samples, table.calls, asked if asked < 0.9 * expected else math.inf)
+        shares = {folder: sum(effort.shares.values()) for folder, effort in self.recipe.efforts.items()}
+        part = shares[line.folder] / max(1.0, sum(shares.values()))
+        return Asks(table.samples, table.calls, asked if asked < 0.9 * expected else math.inf, part)
 
     def _items_promised(self) -> float:
         """Samples that a generator means to get from a call."""
         questions = len(self.first.questions)
-        wanted = sum(need.missing for need in self.first.needs) / ASSUMED_RATE
+        wanted = sum(need.missing for needs in self.first.needs.values() for need in needs) / ASSUMED_RATE
         promised = max(1.0, wanted / questions) if questions else 1.0
         return min(promised, self.past.items) if self.past and self.past.items else promised
 

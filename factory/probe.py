@@ -21,11 +21,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 from factory import rounds
+from factory.cells import LABEL
 from factory.embed import Embedder, open_embedder
 from factory.errors import RunError
 from factory.forecast import Answered, Had, Novelty
 from factory.gateway import Gateway, filled
 from factory.ledger import Ledger, open_ledger
+from factory.loop import check_target, first_needs
 from factory.recipe import Recipe, StageLine
 from factory.stage import Filter, Generator, Need, Vectors, check_filters
 from factory.still import Still
@@ -45,18 +47,18 @@ class First:
     holdout: pl.DataFrame  # that none may
     unreadable: int
     quota: Mapping[str, int]
-    needs: tuple[Need, ...]
+    needs: Mapping[str, tuple[Need, ...]]  # by the generator's line
 
     @property
     def known(self) -> dict[str, Any]:
         """What any context of this round holds, as `Still` takes it."""
         models = {name: teacher.model for name, teacher in self.recipe.teachers.items()}
         rows = {"seeds": self.seeds, "holdout": self.holdout}
-        return {"seed": self.recipe.seed, **rows, "needs": self.needs, "teachers": tuple(models), "models": models}
+        return {"seed": self.recipe.seed, **rows, "teachers": tuple(models), "models": models}
 
     def context(self, line: StageLine) -> Still:
         """What a stage sees in this round, but for the asking."""
-        return Still(line.folder, **self.known)
+        return Still(line.folder, **self.known, round=1, needs=self.needs.get(line.folder, ()))
 
     @cached_property
     def questions(self) -> list[Put]:
@@ -68,7 +70,7 @@ class First:
             for call in line.stage.questions(self.seeds, self.context(line))
         ]
         texts = [words_of(call) for _, call in asked]
-        places = _places(texts, self.seeds, self.quota)
+        places = [_place(json.loads(call.aim or "{}").get(LABEL), self.quota) for _, call in asked]
         return [
             Put(line, call, self.key(call), len(text.encode()), place)
             for (line, call), text, place in zip(asked, texts, places, strict=True)
@@ -144,9 +146,10 @@ def first_round(recipe: Recipe) -> First:
     if seeds.is_empty():
         raise RunError("the seeds stage gives no seed that a teacher may see")
     check_filters(((line.folder, line.stage) for line in recipe.stages), seeds)
-    quota = rounds.quotas(recipe.target, seeds)
-    needs = rounds.needs(quota, {}, {}, oversample=recipe.target.oversample)
-    return First(recipe, seeds, everything.filter("holdout"), len(read) - len(first), quota, needs)
+    holdout = everything.filter("holdout")
+    check_target(recipe, seeds, holdout.height)
+    needs = first_needs(recipe, seeds)
+    return First(recipe, seeds, holdout, len(read) - len(first), rounds.quotas(recipe.target, seeds), needs)
 
 
 def words_of(call: Call) -> str:
@@ -386,9 +389,7 @@ class _Probe:
             )
 
     def _place(self, label: str | None) -> int | None:
-        if rounds.ANYWHERE in self.first.quota:
-            return 0
-        return self.places.index(label) if label is not None and label in self.first.quota else None
+        return _place(label, self.first.quota)
 
     def _counts(self, frame: pl.DataFrame) -> Counts:
         return np.array(list(rounds.counts(frame, self.first.quota).values()), dtype=np.int64)
@@ -397,24 +398,12 @@ class _Probe:
         return np.zeros(len(self.places), dtype=np.int64)
 
 
-def _places(texts: Sequence[str], seeds: pl.DataFrame, quota: Mapping[str, int]) -> list[int | None]:
-    """The place that each question is put for: that of the seeds which it shows."""
-    if rounds.ANYWHERE in quota:
-        return [0] * len(texts)
-    index = {place: i for i, place in enumerate(quota)}
-    shown: dict[str, int] = {}
-    for text, label in seeds.select("input", "label").iter_rows():
-        if label in index and text:
-            shown[text] = shown[json.dumps(text, ensure_ascii=False)[1:-1]] = index[label]
-    patterns = list(shown)
-    found = pl.Series(texts, dtype=pl.String).str.extract_many(patterns, overlapping=True)
-    places: list[int | None] = []
-    for matches in found:
-        weight: Counter[int] = Counter()
-        for match in matches:
-            weight[shown[match]] += len(match)
-        places.append(weight.most_common(1)[0][0] if weight else None)
-    return places
+def _place(label: str | None, quota: Mapping[str, int]) -> int | None:
+    """The index of a label's place; of the rest, where it has none of its own."""
+    places = list(quota)
+    if label is not None and label in quota:
+        return places.index(label)
+    return places.index(rounds.ANYWHERE) if rounds.ANYWHERE in quota else None
 
 
 def _twins(copies: pl.DataFrame) -> dict[str, str]:
@@ -430,7 +419,7 @@ class _Asking(Still):
     """The first round's context, which lets through the questions with the keys in `only`; to the others no answer ever comes."""
 
     def __init__(self, probe: _Probe, line: StageLine, only: Iterable[str] | None = None) -> None:
-        super().__init__(line.folder, **probe.first.known)
+        super().__init__(line.folder, **probe.first.known, round=1, needs=probe.first.needs.get(line.folder, ()))
         self._probe, self._only = probe, only
 
     def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:

@@ -16,8 +16,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from factory import plugins
+from factory.cells import CLUSTER, DERIVED, LABEL
 from factory.errors import GristmillError, Problem, RecipeError
-from factory.stage import Generator, RecipeFile, Stage, TeacherNames
+from factory.stage import Effort, Filter, Generator, RecipeFile, Stage, TeacherNames
 from factory.teacher import Teacher
 from schemas.canonical import canonical_json
 from schemas.recipe import EmbedderChoice, ReleasePlan, Target
@@ -90,7 +91,7 @@ class Recipe:
         """Eight hex digits over all that changes what a run makes: parts, stages, and the bytes of the files that they name."""
         paths = {str(path) for _, path in self._files()}
         stages = [[line.stage.key, _without_paths(line.stage.model_dump(mode="json"), paths)] for line in self.stages]
-        identity = {
+        identity: dict[str, Any] = {
             "name": self.name,
             "seed": self.seed,
             "target": self.target.model_dump(mode="json", exclude=set(NOT_IDENTITY["target"])),
@@ -99,6 +100,8 @@ class Recipe:
             "stages": stages,
             "files": self.hashes,
         }
+        if self.target.reference:
+            identity["target"]["reference"] = _sha256(self.target.reference)
         return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:8]
 
     @cached_property
@@ -107,6 +110,24 @@ class Recipe:
         return {
             name: [teacher.kind, teacher.model_dump(mode="json", exclude=_not_identity(teacher))] for name, teacher in self.teachers.items()
         }
+
+    @cached_property
+    def efforts(self) -> dict[str, Effort]:
+        """How each generator's line would share out the work."""
+        return {
+            line.folder: line.stage.effort(tuple(self.teachers))
+            for line in self.stages
+            if isinstance(line.stage, Generator) and not line.stage.once
+        }
+
+    @cached_property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """Every axis that a generator varies, and all of its values."""
+        found: dict[str, dict[str, None]] = {}
+        for effort in self.efforts.values():
+            for name, values in effort.axes.items():
+                found.setdefault(name, {}).update(dict.fromkeys(values))
+        return {name: tuple(values) for name, values in found.items()}
 
     def run_folder(self, home: Path) -> Path:
         """Where this recipe's run lives."""
@@ -203,7 +224,7 @@ class _Reading:
             self._problem(("seed",), "seed is a whole number")
         if "target" not in data:
             self._problem((), "target is missing: say how many rows are wanted, e.g. target: {accepted: 200}")
-        target = self._part(Target, data.get("target", {"accepted": 1}), ("target",))
+        target = self._part(Target, self._with_reference(data.get("target", {"accepted": 1})), ("target",))
         embedder = self._part(EmbedderChoice, data.get("embedder", {}), ("embedder",))
         release = self._part(ReleasePlan, data.get("release", {}), ("release",))
         teachers = self._teachers(data.get("teachers", {}))
@@ -211,6 +232,7 @@ class _Reading:
         stages = self._stages(data.get("stages"), list(named) if isinstance(named, dict) else [])
         self._fallbacks(teachers)
         self._money(target, teachers)
+        self._dimensions(target, [line.stage for line in stages])
         if self.problems:
             raise RecipeError(sorted(self.problems, key=lambda problem: problem.line or 0))
         assert target and embedder and release
@@ -376,6 +398,30 @@ class _Reading:
             if teacher.fallback is not None and teacher.fallback not in others:
                 near = did_you_mean(teacher.fallback, others)
                 self._problem(("teachers", name, "fallback"), f"no other teacher is called {teacher.fallback!r}{near}")
+
+    def _with_reference(self, value: Any) -> Any:
+        """A target whose reference is an absolute path; a file that is not there is a problem."""
+        if not (isinstance(value, dict) and isinstance(value.get("reference"), str)):
+            return value
+        path = self.path.resolve().parent / Path(value["reference"]).expanduser()
+        if not path.exists():
+            near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+            self._problem(("target", "reference"), f"there is no file {path}{did_you_mean(path.name, near)}")
+        return {**value, "reference": path}
+
+    def _dimensions(self, target: Target | None, stages: Sequence[Stage]) -> None:
+        """What a target is by must be something that rows differ in."""
+        if target is None:
+            return
+        axes = {name for stage in stages if isinstance(stage, Generator) for name in stage.effort(()).axes}
+        known = [LABEL, CLUSTER, *DERIVED, *sorted(axes)]
+        for key, names in (("balance", target.balanced), ("quotas", tuple(target.quotas))):
+            for name in names:
+                if name not in known:
+                    there = ", ".join(known)
+                    self._problem(("target", key), f"nothing differs in {name!r}{did_you_mean(name, known)}; there are {there}")
+        if CLUSTER in target.balanced and not any(isinstance(stage, Filter) and stage.scope == "pool" for stage in stages):
+            self._problem(("target",), "a target by cluster needs a stage that finds clusters: add `- coverage: {}` as the last one")
 
     def _money(self, target: Target | None, teachers: Mapping[str, Teacher]) -> None:
         if target is None or target.budget_usd is None:

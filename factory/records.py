@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import polars as pl
 from factory.errors import StoreError
 from factory.store import FAILURES, SAMPLES, VERDICTS, read_frame, read_json
 
-LAYOUT = 1  # of a run's folder; a folder of another layout is refused, never guessed at
+LAYOUT = 2  # of a run's folder; a folder of another layout is refused, never guessed at
 TARGET = "target"
-COSTS = pl.Schema({"call": pl.String(), "teacher": pl.String(), "micro_usd": pl.Int64()})
+COSTS = pl.Schema({"call": pl.String(), "teacher": pl.String(), "micro_usd": pl.Int64(), "aim": pl.String()})
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,36 @@ class RunFolder:
         return decoded.select("sample", pl.col("detail").str.json_decode(fields).alias("d")).unnest("d")
 
     @cached_property
-    def costs(self) -> pl.DataFrame:
-        """What each answer to a generator cost when it was bought, in this run or an earlier one, as `COSTS` and `round`.
+    def places(self) -> pl.DataFrame:
+        """The clusters of every round: `round`, `sample`, `place` (its number, -1: none), `home` (for those the nearest), `name`."""
+        fields = pl.Struct({"cluster": pl.Int64(), "home": pl.Int64(), "name": pl.String()})
+        said = self.verdicts.filter(pl.col("detail").str.contains('"cluster":', literal=True))
+        found = said.select("round", "sample", pl.col("detail").str.json_decode(fields).alias("d")).unnest("d")
+        return found.select("round", "sample", place="cluster", home=pl.coalesce("home", "cluster"), name="name")
 
-        null: its price is unknown. Answers that were of no use are in it.
+    def homes(self, upto: int) -> dict[str, str]:
+        """The cluster in which each sample is at home after round `upto`: the number of one that coverage follows from round to round."""
+        places = self.places.filter(pl.col("round") <= upto)
+        last = places.filter(pl.col("round") == pl.col("round").max())
+        return dict(last.select("sample", pl.col("home").cast(pl.String)).iter_rows())
+
+    def cluster_names(self, upto: int) -> dict[str, str]:
+        """What the clusters after round `upto` are called, by their numbers."""
+        places = self.places.filter((pl.col("round") <= upto) & (pl.col("place") >= 0))
+        last = places.filter(pl.col("round") == pl.col("round").max()).unique("place", maintain_order=True).sort("place")
+        return dict(last.select(pl.col("place").cast(pl.String), "name").iter_rows())
+
+    def reference_counts(self, upto: int) -> dict[str, int]:
+        """How many reference rows each cluster holds, by its number; empty where the target follows none."""
+        found = [stage for stage in self.stages if "reference" in stage["reports"] and stage["round"] <= upto]
+        return {str(entry["cluster"]): int(entry["reference"]) for entry in found[-1]["reports"]["reference"]} if found else {}
+
+    @cached_property
+    def costs(self) -> pl.DataFrame:
+        """What each answer to a generator cost when it was bought, in this run or an earlier one, as `COSTS`, `round` and `stage`.
+
+        `aim` is the place of the target that it was put for, "" where its stage did not say. null: its price is unknown. Answers that
+        were of no use are in it.
         """
         return self._costs_of("generator")
 
@@ -180,11 +206,11 @@ class RunFolder:
 
     def _costs_of(self, kind: str) -> pl.DataFrame:
         frames = [
-            read_frame(f / "costs.parquet", COSTS).with_columns(round=pl.lit(_round_of(f), pl.Int64))
+            read_frame(f / "costs.parquet", COSTS).with_columns(round=pl.lit(_round_of(f), pl.Int64), stage=pl.lit(f.name))
             for f in self._of_kind(kind)
             if (f / "costs.parquet").exists()  # a run of an earlier Gristmill has none, nor has a filter that asks nobody
         ]
-        empty = pl.Schema({**COSTS, "round": pl.Int64()}).to_frame()
+        empty = pl.Schema({**COSTS, "round": pl.Int64(), "stage": pl.String()}).to_frame()
         return pl.concat([empty, *frames]).unique("call", keep="first", maintain_order=True)
 
     def cost_by_teacher(self) -> pl.DataFrame:
@@ -218,6 +244,11 @@ class RunFolder:
                 **{name: getattr(old, name) + stage.get(name, 0) for name in _SUMS},
                 **{name: getattr(old, name) + Counter(stage.get(name, {})) for name in ("unanswered", "lost", "rejected")},
             )
+        if TARGET in rows:  # it chooses anew in each round: what it says last is what became of the rows
+            said = self.fates.filter(pl.col("fate").is_in(["accepted", "surplus"]))
+            full = Counter(dict(said.filter(pl.col("fate") == "surplus")["reason"].value_counts().iter_rows()))
+            accepted = said.filter(pl.col("fate") == "accepted").height
+            rows[TARGET] = replace(rows[TARGET], judged=said.height, kept=accepted, rejected=full)
         return sorted(rows.values(), key=lambda row: row.stage)
 
 

@@ -1,29 +1,22 @@
-"""What a round aims at and what it takes in: pure functions from the target and what is there to needs and choices."""
+"""The rounds as a plan plays them, place by place, and how good a row is among those of its kind.
+
+A plan knows one kind of place, the labels of a target (else one place for all); what a run aims at is in `factory/loop.py`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from factory.errors import RunError
-from factory.records import TARGET
+from factory.aim import LEAST_RATE
+from factory.cells import LABEL, REST, grid_of
 from factory.stage import Need
-from factory.store import verdicts_from
 from schemas.recipe import Target
 
-Numbers = NDArray[np.floating[Any]]
-Redundancy = Callable[[str, pl.DataFrame], tuple[Numbers, Numbers]]  # of a place and its candidates; see `_most_marginal`
-
 ANYWHERE = "\0"  # the one place of a target without labels; no label that a person wrote
-STALLED_ROUNDS = 3
-_DIVERSITY = 0.5  # weight of likeness against quality in a choice; from 0.5 to 1 the demo's probe does not move (docs/log.md)
-_LEAST_RATE = 0.05  # a place that gave nothing is still asked for at most 20 times what it lacks
 
 
 @dataclass(frozen=True)
@@ -40,27 +33,21 @@ class Yield:
 
 
 def quotas(target: Target, seeds: pl.DataFrame) -> dict[str, int]:
-    """How many accepted rows each place is to hold: one quota a label where labels are balanced (they add up to the target), else one.
-
-    RunError: labels are to be balanced and the seeds have none.
-    """
-    if target.balance != "label":
-        return {ANYWHERE: target.accepted}
-    labels = sorted(seeds["label"].drop_nulls().unique().to_list())
-    if not labels:
-        raise RunError(
-            "target.balance is 'label', but no seed has a label",
-            next="Name the column with `seeds: {label: …}`, or leave balance out.",
-        )
-    share, rest = divmod(target.accepted, len(labels))
-    return {label: share + (i < rest) for i, label in enumerate(labels)}
+    """How many good rows each place is to have: a label its quota, by `oversample`; RunError where no seed has one."""
+    by_label = target.model_copy(
+        update={"balance": LABEL if LABEL in target.balanced else None, "quotas": {n: q for n, q in target.quotas.items() if n == LABEL}}
+        | {"reference": None, "proportions": None}
+    )
+    wanted = grid_of(by_label, seeds, {}).wanted(target.oversample).get(LABEL)
+    if wanted is None:
+        return {ANYWHERE: math.ceil(target.accepted * target.oversample - 1e-9)}
+    return {ANYWHERE if place == REST else place: n for place, n in wanted.items()}
 
 
 def place_of(frame: pl.DataFrame, quota: Mapping[str, int]) -> pl.Series:
-    """The place of each row: its label, or everywhere the same where labels are not balanced."""
-    if ANYWHERE in quota:
-        return pl.Series("place", [ANYWHERE] * frame.height, dtype=pl.String)
-    return frame["label"].alias("place")
+    """The place of each row: its label, or everywhere the same where its label is none of the target's."""
+    rest = pl.lit(ANYWHERE if ANYWHERE in quota else None, pl.String)
+    return frame.select(pl.when(pl.col("label").is_in(list(quota))).then("label").otherwise(rest).alias("place")).to_series()
 
 
 def counts(frame: pl.DataFrame, quota: Mapping[str, int]) -> dict[str, int]:
@@ -69,94 +56,18 @@ def counts(frame: pl.DataFrame, quota: Mapping[str, int]) -> dict[str, int]:
     return {place: int(found.get(place, 0)) for place in quota}
 
 
-def needs(
-    quota: Mapping[str, int], have: Mapping[str, int], yields: Mapping[str, Yield], *, oversample: float = 1, clusters: Sequence[Need] = ()
-) -> tuple[Need, ...]:
-    """The places that are still thin, thinnest first; `oversample` times what is missing is aimed at, to choose from.
-
-    `clusters` (from `thin_clusters`) replace the one need of an unbalanced target.
-    """
-    if ANYWHERE in quota and clusters:
-        return tuple(clusters)
+def needs(quota: Mapping[str, int], have: Mapping[str, int], yields: Mapping[str, Yield]) -> tuple[Need, ...]:
+    """The places that are still thin, thinnest first."""
     thin = [
         Need(
-            missing=math.ceil((quota[place] - have.get(place, 0)) * oversample),
+            missing=quota[place] - have.get(place, 0),
             label=None if place == ANYWHERE else place,
-            rate=None if (rate := yields.get(place, Yield()).rate) is None else max(rate, _LEAST_RATE),
+            rate=None if (rate := yields.get(place, Yield()).rate) is None else max(rate, LEAST_RATE),
         )
         for place in quota
         if have.get(place, 0) < quota[place]
     ]
     return tuple(sorted(thin, key=lambda need: (-need.missing, need.label or "")))
-
-
-def thin_clusters(missing: int, rate: float | None, members: pl.DataFrame) -> tuple[Need, ...]:
-    """`missing` rows shared out over the clusters that lie below an equal share, in proportion to what each lacks.
-
-    `members`: `sample`, `cluster`, `origin`, one row a kept sample. Exemplars are the cluster's real rows. Without two
-    clusters nothing is thin, and the result is empty.
-    """
-    inside = members.filter(pl.col("cluster") >= 0)
-    sizes = (
-        inside.group_by("cluster")
-        .agg(pl.len().alias("n"), pl.col("sample").filter(pl.col("origin") == "real").alias("real"))
-        .sort("cluster")
-    )
-    if sizes.height < 2:
-        return ()
-    share = (inside.height + missing) / sizes.height
-    lacking = [(row["cluster"], max(share - row["n"], 0.0), tuple(sorted(row["real"]))) for row in sizes.iter_rows(named=True)]
-    lacking = [entry for entry in lacking if entry[1] > 0 and entry[2]]
-    whole = sum(lack for _, lack, _ in lacking)
-    if not whole:
-        return ()
-    shared = [(cluster, round(missing * lack / whole), real) for cluster, lack, real in lacking]
-    return tuple(Need(missing=n, cluster=cluster, rate=rate, exemplars=real) for cluster, n, real in shared if n > 0)
-
-
-def choose(
-    good: pl.DataFrame, quality: pl.Series, quota: Mapping[str, int], have: Mapping[str, int], redundancy: Redundancy
-) -> pl.DataFrame:
-    """The target's verdicts on the rows that every filter kept: the best of each place, up to what it lacks.
-
-    Where a place has more good rows than it lacks, they are taken one by one by maximal marginal relevance (Carbonell and
-    Goldstein 1998): `quality` (0 to 1, aligned with `good`) less half of the likeness to what the place holds. Ties go by id,
-    so the order of arrival decides nothing. Rows beyond a place's quota get keep=False with the reason "place full"; rows of
-    no place of the target, "no such place".
-    """
-    rows = good.select("id").with_columns(place_of(good, quota), quality.alias("quality")).with_row_index("row").sort("id")
-    taken: list[int] = []
-    for place in quota:
-        here = rows.filter(pl.col("place") == place)
-        missing = max(quota[place] - have.get(place, 0), 0)
-        if here.height <= missing:
-            taken += here["row"].to_list()
-        elif missing:
-            among = here["row"].to_list()
-            taken += [among[i] for i in _most_marginal(here["quality"].to_numpy(), redundancy(place, good[among]), missing)]
-    keep = rows["row"].is_in(pl.Series(taken, dtype=pl.UInt32).implode())
-    reason = rows.select(
-        pl.when(keep)
-        .then(pl.lit(None, pl.String))
-        .when(pl.col("place").is_in(list(quota)))
-        .then(pl.lit("place full"))
-        .otherwise(pl.lit("no such place"))
-    ).to_series()
-    return verdicts_from(rows["id"], keep=keep, reason=reason, score=rows["quality"]).with_columns(by=pl.lit(TARGET))
-
-
-def _most_marginal(quality: Numbers, likeness: tuple[Numbers, Numbers], wanted: int) -> list[int]:
-    """Positions of the `wanted` rows, best first. `likeness`: the cosine of each row to what is held, shape (n,); unit vectors, (n, d)."""
-    held, vectors = likeness
-    redundancy = held.copy()
-    left = np.ones(len(quality), dtype=bool)
-    chosen: list[int] = []
-    for _ in range(wanted):
-        best = int(np.argmax(np.where(left, quality - _DIVERSITY * redundancy, -np.inf)))
-        chosen.append(best)
-        left[best] = False
-        np.maximum(redundancy, vectors @ vectors[best], out=redundancy)
-    return chosen
 
 
 def quality_of(good: pl.DataFrame, verdicts: pl.DataFrame, ranking: Sequence[str]) -> pl.Series:

@@ -7,7 +7,6 @@ the budget cut short is done again, so that more money goes on where less stoppe
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import platform
 import sys
@@ -16,21 +15,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 
-from factory import rounds
+from factory import aim, rounds
 from factory.chain import BUDGET_SPENT, Stages, Tally, World
 from factory.errors import RunError, RunLocked
 from factory.gateway import Gateway
 from factory.ledger import Ledger, open_ledger
+from factory.loop import Standing, check_target, choose, counted, standing, view
 from factory.progress import RunState, shown
 from factory.recipe import Recipe, StageLine
 from factory.records import LAYOUT, TARGET, RunFolder
-from factory.stage import Filter, Generator, Need, Vectors, check_filters
+from factory.rows import read_samples
+from factory.stage import Filter, Generator, check_filters
 from factory.store import (
     QUALITY,
     SAMPLES,
@@ -90,6 +92,7 @@ class Mill:
     def __init__(self, recipe: Recipe, folder: Path, ledger: Ledger, gateway: Gateway, state: RunState, *, last: int | None = None) -> None:
         self.recipe, self.folder, self.ledger, self.state, self.last = recipe, folder, ledger, state, last
         self.stages = Stages(recipe, folder, gateway, state)
+        self.at: Standing | None = None
         self._started = time.monotonic()
         self._before_s = float(read_json(folder / "run.json").get("seconds", 0.0))
 
@@ -110,30 +113,39 @@ class Mill:
         if seeds.is_empty():
             raise RunError("the seeds stage gave no seed that a teacher may see", next="Set fewer seeds aside with holdout, or bring more.")
         check_filters(((line.folder, line.stage) for line in self.recipe.stages), seeds)
-        quota = self.stages.quota = rounds.quotas(self.recipe.target, seeds)
-        number, idle = 1, 0
+        check_target(self.recipe, seeds, RunFolder(self.folder).of_fate("holdout").height)
+        number, idle, before = 1, 0, (-1, 0)
         while True:
-            record = RunFolder(self.folder)
-            have = rounds.counts(record.accepted, quota)
-            self.state.accepted = sum(have.values())
-            self.state.places = {} if rounds.ANYWHERE in quota else {place: (have[place], quota[place]) for place in quota}
-            if self.state.accepted >= self.recipe.target.accepted:
+            at = self.at = standing(self.recipe, RunFolder(self.folder), seeds, number)
+            self.state.accepted, self.state.places, self.stages.count = at.accepted, view(at), partial(counted, at)
+            now = at.accepted, -sum(at.lacking.values())
+            idle = 0 if number == 1 or max(now[0] - before[0], now[1] - before[1]) > 0 else idle + 1
+            before = now
+            if not at.lacking:
                 return "done", ""
-            end = self.folder / f"round-{number:02d}" / TARGET / "stage.json"
-            if not end.exists():
-                if self.stages.broke:
-                    budget = f"the budget of ${self.recipe.target.budget_usd:g}"
-                    spent = self.ledger.spent(self.folder.name)
-                    return "short", f"{budget} is spent" if spent else f"not one call fits into {budget}: each is reserved at its worst"
-                if idle >= rounds.STALLED_ROUNDS:
-                    return "short", f"{idle} rounds in a row gave no accepted row"
-                if self.last is not None and number > self.last:
-                    return "short", f"the rounds that were judged again ({self.last}) are used up"
-                if number > self.recipe.target.rounds:
-                    return "short", f"target.rounds ({self.recipe.target.rounds}) are used up"
-                self._round(number, record, quota, have)
-            idle = 0 if read_json(end)["kept"] else idle + 1
+            if not (self.folder / f"round-{number:02d}" / TARGET / "stage.json").exists():
+                if (why := self._over(at, idle)) is not None:
+                    return ("done", "") if at.met else ("short", why)
+                self._round(number, at)
             number += 1
+
+    def _over(self, at: Standing, idle: int) -> str | None:
+        """Why no further round is to be turned; None: one is."""
+        if self.stages.broke:
+            budget = f"the budget of ${self.recipe.target.budget_usd:g}"
+            spent = self.ledger.spent(self.folder.name)
+            return f"{budget} is spent" if spent else f"not one call fits into {budget}: each is reserved at its worst"
+        if at.met and idle and at.only_soft:
+            return "no further row came where clusters are thin"
+        if idle >= aim.PATIENCE:
+            return f"{idle} rounds in a row gave no row where one is missing"
+        if self.last is not None and at.number > self.last:
+            return f"the rounds that were judged again ({self.last}) are used up"
+        if at.number > self.recipe.target.rounds:
+            return f"target.rounds ({self.recipe.target.rounds}) are used up"
+        if at.over >= {aim.aim_of(at.grid, cell) for cell in at.lacking}:
+            return "nothing comes any more where rows are missing"
+        return None
 
     def _reopen(self, *, retry_failed: bool) -> None:
         """Take the end from a round that the budget cut short, or in which calls failed that are to be asked again.
@@ -141,7 +153,8 @@ class Mill:
         It is done again, and what it got the ledger answers.
         """
         record = RunFolder(self.folder)
-        met = record.accepted.height >= self.recipe.target.accepted
+        last = max((stage["round"] for stage in record.stages if stage["stage"] == TARGET), default=0)
+        met = bool(last) and not standing(self.recipe, record, record.of_fate("real"), last + 1).lacking
         whole = list(record.stage_folders())
         cut = [
             i
@@ -158,15 +171,17 @@ class Mill:
         for line in lines:
             self.stages.chain(0, [line], SAMPLES.to_frame(), World(seeds=SAMPLES.to_frame(), kept=SAMPLES.to_frame()), known)
 
-    def _round(self, number: int, record: RunFolder, quota: dict[str, int], have: dict[str, int]) -> None:
+    def _round(self, number: int, at: Standing) -> None:
         """One round: generate, judge, choose. Reads what an interrupted process has finished of it already."""
+        record = at.record
         earlier = record.samples.filter(pl.col("round") < number)
         world = World(
             seeds=record.of_fate("real"),
-            kept=record.of_fate("real", "accepted"),
+            kept=pl.concat([record.of_fate("real"), at.good]),
+            accepted=record.of_fate("real", "accepted"),
             holdout=record.of_fate("holdout"),
-            needs=self._needs(record, number, quota, have),
-            worth=self._worth(record, number),
+            needs=at.needs(self.stages.embed),
+            reference=self.reference,
         )
         lines = [line for line in self.recipe.stages if not (isinstance(line.stage, Generator) and line.stage.once)]
         self.stages.begin(number, lines)
@@ -180,7 +195,7 @@ class Mill:
                     chain.append(rest.pop(0))
             flow = self.stages.chain(number, chain, flow, replace(world, quality=self._quality(number, flow)), known)
             lines = rest
-        self._choose(number, flow, quota, have)
+        self._choose(number, at, flow.filter(pl.col("origin") == "made"))
 
     def _quality(self, number: int, flow: pl.DataFrame) -> pl.DataFrame:
         """How good ranking filters have found the samples of this round so far."""
@@ -190,59 +205,28 @@ class Mill:
         verdicts = RunFolder(self.folder).verdicts.filter(pl.col("round") == number)
         return flow.select("id", rounds.quality_of(flow, verdicts, ranking))
 
-    def _needs(self, record: RunFolder, number: int, quota: dict[str, int], have: dict[str, int]) -> tuple[Need, ...]:
-        """What the round aims at: from the rounds before it alone, so that a round done again aims at the same."""
-        before = record.samples.filter((pl.col("round") < number) & (pl.col("origin") == "made"))
-        good = before.join(record.fates.filter(pl.col("fate").is_in(["accepted", "surplus"])), on="id", how="semi")
-        made_at, good_at = rounds.counts(before, quota), rounds.counts(good, quota)
-        yields = {place: rounds.Yield(made_at[place], good_at[place]) for place in quota}
-        oversample = self.recipe.target.oversample if number == 1 else 1
-        clusters: tuple[Need, ...] = ()
-        if self.recipe.target.balance == "cluster":
-            # Of kept rows alone: others fill no place, and their clusters are those of the round in which they were judged.
-            kept = record.of_fate("real", "accepted").select("id", "origin")
-            members = record.clusters.join(kept, left_on="sample", right_on="id")
-            missing = math.ceil((self.recipe.target.accepted - sum(have.values())) * oversample)
-            clusters = rounds.thin_clusters(missing, yields[rounds.ANYWHERE].rate, members)
-        return rounds.needs(quota, have, yields, oversample=oversample, clusters=clusters)
-
-    def _worth(self, record: RunFolder, number: int) -> dict[str, float | None]:
-        """Good rows a dollar by teacher, in earlier rounds, at the prices at which their answers were bought.
-
-        Where a price is zero or unknown, good rows a call; None before a teacher has answered.
-        """
-        by_teacher = record.costs.filter(pl.col("round") < number).group_by("teacher")
-        told = by_teacher.agg(calls=pl.len(), known=pl.col("micro_usd").is_not_null().all(), spent=pl.col("micro_usd").sum())
-        asked = {row["teacher"]: row for row in told.to_dicts()}
-        priced = all(row["known"] and row["spent"] for row in asked.values())
-        before = record.samples.filter((pl.col("round") < number) & (pl.col("origin") == "made"))
-        good = before.join(record.fates.filter(pl.col("fate").is_in(["accepted", "surplus"])), on="id", how="semi")
-        rows = dict(good["teacher"].drop_nulls().value_counts().iter_rows())
-        return {
-            name: rows.get(name, 0) / (asked[name]["spent"] / 1e6 if priced else asked[name]["calls"]) if name in asked else None
-            for name in self.recipe.teachers
-        }
-
-    def _choose(self, number: int, good: pl.DataFrame, quota: dict[str, int], have: dict[str, int]) -> None:
-        """The target's own verdicts, which end the round."""
+    def _choose(self, number: int, before: Standing, new: pl.DataFrame) -> None:
+        """The target's own verdicts, which end the round: on all good rows of this round and those before it, chosen anew."""
         folder = self.folder / f"round-{number:02d}" / TARGET
         if (folder / "stage.json").exists():
             return
         ranking = [line.folder for line in self.recipe.stages if isinstance(line.stage, Filter) and line.stage.ranks]
         record = RunFolder(self.folder)
-        good = good.filter(pl.col("origin") == "made")
-        quality = rounds.quality_of(good, record.verdicts.filter(pl.col("round") == number), ranking)
-        held = record.of_fate("real", "accepted")
-        held = held.with_columns(rounds.place_of(held, quota))
-
-        def redundancy(place: str, candidates: pl.DataFrame) -> tuple[Vectors, Vectors]:
-            vectors = self.stages.embed(candidates["input"].to_list())
-            around = self.stages.embed(held.filter(pl.col("place") == place)["input"].to_list())
-            return (vectors @ around.T).max(axis=1, initial=0), vectors
-
-        verdicts = rounds.choose(good, quality, quota, have, redundancy)
+        good = pl.concat([before.good, new]).sort("id")
+        at = standing(self.recipe, record, record.of_fate("real"), number + 1, good=good)
+        quality = rounds.quality_of(good, record.verdicts, ranking)
+        verdicts = choose(at, quality, record.of_fate("real"), self.stages.embed)
         write_frame(folder / "verdicts.parquet", verdicts)
-        self.stages.finish(number, TARGET, "target", Tally(), verdicts=verdicts)
+        report = {"accepted": at.accepted, "good": good.height, "missing": sum(at.lacking.values())}
+        tally = Tally(reports=report | {"places": {place: list(pair) for place, pair in view(at).items()}})
+        fresh = verdicts.join(new.select("id"), left_on="sample", right_on="id", how="semi")  # of others it was counted before
+        self.stages.finish(number, TARGET, "target", tally, verdicts=fresh)
+
+    @cached_property
+    def reference(self) -> pl.DataFrame:
+        """The real inputs whose distribution the target follows; none where it follows none."""
+        path = self.recipe.target.reference
+        return SAMPLES.to_frame() if path is None else read_samples(path)
 
     def _write_status(self, status: str, reason: str) -> None:
         record = RunFolder(self.folder)
@@ -264,6 +248,7 @@ class Mill:
                 "wanted": self.recipe.target.accepted,
                 "accepted": record.accepted.height,
                 "places": {place: list(pair) for place, pair in self.state.places.items()},
+                "cells": self.at.explain() if self.at and status in ("done", "short") else [],
                 "rounds": len(whole),
                 "micro_usd": paid,
                 "lost_calls": len(lost),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -21,31 +21,67 @@ Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Need:
-    """A place of the target that is still thin.
+class Tried:
+    """A sample that was made for a place and not taken: its text, and why, in words that a teacher understands."""
 
-    `label` or `cluster` names the place (both None: anywhere). `missing` is how many accepted rows it lacks; `rate` how many
-    accepted rows a sample asked for has given there so far (None before the first round). `exemplars` are ids of samples
-    that show what the place is like.
+    text: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """A place of the target that is still thin, as one generator is to fill it.
+
+    `label`, `cluster` (its number) and `axes` (values that its rows must have) say which place; nothing of them: anywhere. `without`
+    are labels and values of axes that have places of their own. `missing` is how many accepted rows this generator is to bring;
+    `rate` how many accepted rows a sample asked for has given so far (None before the first round); `teachers` the effort of each,
+    in parts (empty: the generator's own). `exemplars` are ids of samples that show what is missing, and `name` says it in words;
+    `tried` are some that were rejected there, so that a second try differs from the first. `aim` is the place's name in the records:
+    a generator hands it on with its calls.
     """
 
     missing: int
     label: str | None = None
-    cluster: int | None = None
+    cluster: str | None = None
+    axes: Mapping[str, str] = field(default_factory=dict)
+    without: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rate: float | None = None
+    teachers: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""
     exemplars: tuple[str, ...] = ()
+    tried: tuple[Tried, ...] = ()
+    aim: str = ""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What part of the missing rows a generator brings through each teacher, before anything is known of yields.
+
+    Parts of several generators are weighed against each other, and what they add up to beyond one is scaled down. `fixed`: yields change
+    nothing. `per_call`: the samples that a call brings. `axes` are the values that it can be asked for.
+    """
+
+    shares: Mapping[str, float]
+    fixed: bool = False
+    per_call: int = 1
+    axes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def serves(self, need: Need) -> bool:
+        """Whether it can make rows of this place, as far as axes go."""
+        fits = all(value in self.axes.get(name, ()) for name, value in need.axes.items())
+        left = all(set(self.axes[name]) - set(values) for name, values in need.without.items() if name in self.axes)
+        return fits and left
 
 
 class Context(Protocol):
     """All that a stage may know of the world.
 
-    `seeds` are the real samples that a teacher may see; `kept` all that was accepted before this round (seeds included);
-    `holdout` the real samples that are set aside for test: no teacher is ever shown one. All three are frames as in
-    `factory.store.SAMPLES`. `quality` is what ranking filters have found of this round's samples so far, as
-    `factory.store.QUALITY`, for a filter that is handed them all. `worth` is what each teacher has given in earlier rounds of this
-    run: good rows a dollar, or a call where money says nothing; None: nothing yet. `teachers` are their names, and `models` says which
-    model each of them is, as the recipe has it (`schemas.families.family_of` tells whose). `rng` is seeded by recipe seed, stage and round,
-    so a repeated run asks the same questions.
+    `seeds` are the real samples that a teacher may see; `kept` all that every filter kept before this round, and the seeds; `holdout` the
+    real samples that are set aside for test: no teacher is ever shown one. `reference` are the real inputs whose distribution the target
+    follows, if the recipe names any: for filters, never for a teacher. These are frames as in `factory.store.SAMPLES`. `quality` is what
+    ranking filters have found of this round's samples so far, as `factory.store.QUALITY`, for a filter that is handed them all. `needs` is
+    what this generator is to bring. `teachers` are the names, and `models` says which model each of them is, as the recipe has it
+    (`schemas.families.family_of` tells whose). `rng` is seeded by recipe seed, stage and round, so a repeated run asks the same questions.
     """
 
     @property
@@ -69,7 +105,7 @@ class Context(Protocol):
     @property
     def models(self) -> Mapping[str, str]: ...
     @property
-    def worth(self) -> Mapping[str, float | None]: ...
+    def reference(self) -> pl.DataFrame: ...
 
     def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:
         """Yield answers as they complete: the one door to any model. Calls are pulled as slots become free."""
@@ -116,6 +152,10 @@ class Generator(Stage):
 
     once: ClassVar[bool] = False
 
+    def effort(self, teachers: Sequence[str]) -> Effort:
+        """How it would share out the work; `teachers` are those of the recipe. By default it brings all that is missing, as it likes."""
+        return Effort({"": 1.0})
+
     def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
         """Yield samples, and a Failure for whatever was to become one and did not. `samples`: what is kept so far."""
         raise NotImplementedError
@@ -131,10 +171,12 @@ class Filter(Stage):
     scope "sample": may be handed any batch of new samples. "dataset": is handed all new samples of the round at once and
     compares them with `ctx.kept`. "pool": is handed all that is kept, seeds and earlier rounds included.
     ranks: its score says how good a row is (higher is better), so the target prefers by it where a place is too full.
+    tells: a teacher may be told which rows it rejected; not those that are like a test row, or hold what nobody should read.
     """
 
     scope: ClassVar[Literal["sample", "dataset", "pool"]] = "sample"
     ranks: ClassVar[bool] = False
+    tells: ClassVar[bool] = True
 
     def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
         """Give one verdict a row, in any order, as a frame of `factory.store.VERDICTS` without `by` (the runner adds it)."""

@@ -25,17 +25,19 @@ class Still:
         seed: int = 0,
         seeds: pl.DataFrame | None = None,
         holdout: pl.DataFrame | None = None,
+        round: int = 0,
         needs: Sequence[Need] = (),
         teachers: Sequence[str] = (),
         models: Mapping[str, str] | None = None,
+        reference: pl.DataFrame | None = None,
     ) -> None:
-        self.stage, self.round, self.needs, self.teachers = stage, 1 if needs else 0, needs, teachers
+        self.stage, self.round, self.needs, self.teachers = stage, round, needs, teachers
         self.models: Mapping[str, str] = models or {}
         self.rng = random.Random(f"{seed}/{stage}/{self.round}")
         self.seeds = self.kept = SAMPLES.to_frame() if seeds is None else seeds
         self.holdout = SAMPLES.to_frame() if holdout is None else holdout
         self.quality = QUALITY.to_frame()
-        self.worth: Mapping[str, float | None] = {}
+        self.reference = SAMPLES.to_frame() if reference is None else reference
         self.reports: dict[str, Any] = {}
 
     def ask(self, calls: Iterable[Call]) -> Iterator[Answer]:

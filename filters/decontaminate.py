@@ -96,6 +96,7 @@ class Decontaminate(Filter):
     """
 
     key: ClassVar[str] = "decontaminate"
+    tells: ClassVar[bool] = False
     scope: ClassVar[Literal["sample", "dataset", "pool"]] = "sample"
 
     against: Against = Field((), description="evaluation sets besides the seeds set aside: files, folders, released versions")

@@ -82,6 +82,7 @@ class Injection(Filter):
     """
 
     key: ClassVar[str] = "injection"
+    tells: ClassVar[bool] = False
     scope: ClassVar[Literal["sample", "dataset", "pool"]] = "sample"
 
     at_least: float = Field(1.0, gt=0, description="the weight of findings from which a row is rejected")

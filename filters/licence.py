@@ -31,6 +31,7 @@ class Licence(Filter):
     """
 
     key: ClassVar[str] = "licence"
+    tells: ClassVar[bool] = False
     scope: ClassVar[Literal["sample", "dataset", "pool"]] = "sample"
 
     student: str | None = Field(None, description="the model that is to be trained, by its name; without it nobody's family is asked about")

@@ -108,6 +108,7 @@ class Safety(Filter):
     """
 
     key: ClassVar[str] = "safety"
+    tells: ClassVar[bool] = False
     scope: ClassVar[Literal["sample", "dataset", "pool"]] = "sample"
 
     entities: tuple[str, ...] = Field(personal.DEFAULT, description="kinds of personal data; an empty list: none")

@@ -7,7 +7,7 @@ import math
 import random
 import re
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 
 from factory.errors import GristmillError
 from factory.recipe import did_you_mean
-from factory.stage import Context, Generator, Need, RecipeFile, TeacherNames
+from factory.stage import Context, Effort, Generator, Need, RecipeFile, TeacherNames
 from factory.structured import schema_of
 from generators.parse import How, Item, Parsed, continued, parse
 from schemas.call import Answer, Call, Params
@@ -35,7 +35,7 @@ T = TypeVar("T")
 Value = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
 TEMPLATES = Path(__file__).parent / "templates"
-NAMES = ("heading", "examples", "label", "label_description", "labels", "axes", "n", "start", "exemplars")
+NAMES = ("heading", "examples", "label", "label_description", "labels", "axes", "n", "start", "exemplars", "place", "tried")
 
 # Of the shipped templates: how their answers are read, and where a completion ends when one item or several are asked for
 # (None: it can be asked for one only).
@@ -50,7 +50,6 @@ _SHIPPED: Mapping[str, tuple[How, tuple[str, ...], tuple[str, ...] | None]] = {
     "text-chat": ("json", (), ()),
     "text-completion": ("blocks", ("\nExample",), ("\nExample {next}",)),
 }
-_FLOOR = 0.1  # of the calls go to each teacher at least, where they are shared out by yield
 _LOWEST_RATE = 0.05  # a place that has given nothing yet is asked 20 times what it lacks, not without end
 _DRAWS_A_ROUND = 1_000_000  # draws of one round begin here times its number, so that no two rounds ask the same question
 
@@ -73,8 +72,10 @@ class Compose(Generator):
     teachers: Annotated[tuple[str, ...] | dict[str, Annotated[float, Field(gt=0)]], TeacherNames()] = Field(
         (), description="who is asked: names, in equal shares, or names with their weights; all of the recipe by default"
     )
-    by: Literal["weight", "yield"] = Field(
-        "weight", description="yield: from round 2 on by the good rows a dollar (or a call) that each gave, a tenth of the calls at least"
+    by: Literal["auto", "weight", "yield"] = Field(
+        "auto",
+        description="yield: from round 2 on, effort goes where good rows a dollar (or a call) are most; weight: in the proportions of "
+        "teachers and share, whatever they yield; auto: yield, unless teachers have weights",
     )
     output_schema: Annotated[Path | None, RecipeFile()] = Field(
         None, description="what every output is to be: a JSON schema (.json, .yaml), or a .py file with a pydantic model"
@@ -90,7 +91,9 @@ class Compose(Generator):
     examples: int = Field(4, ge=0, description="seeds shown in a prompt")
     per_call: int = Field(5, ge=1, description="samples asked for in a call")
     draws: int = Field(1, ge=1, description="answers asked for to one prompt; more let a server reuse what it has read")
-    share: float = Field(1, gt=0, le=1, description="of what is missing, where several compose lines divide the work")
+    share: float = Field(
+        1, gt=0, le=1, description="of what is missing; where several lines have more than all of it together, in proportion"
+    )
     max_calls: int = Field(500, ge=1, description="in a round")
     show: Literal["seeds", "kept"] = Field("seeds", description="kept: made samples serve as examples too, at the risk of collapse")
     params: Params = Params()
@@ -128,6 +131,13 @@ class Compose(Generator):
                 raise ValueError(f"{error.where}: {error.what}") from error
         return self
 
+    def effort(self, teachers: Sequence[str]) -> Effort:
+        """Its share, divided by the weights of its teachers."""
+        weights = self.teachers if isinstance(self.teachers, dict) else dict.fromkeys(self.teachers or teachers, 1.0)
+        shares = {name: self.share * weight / sum(weights.values()) for name, weight in weights.items()}
+        fixed = self.by == "weight" or (self.by == "auto" and isinstance(self.teachers, dict))
+        return Effort(shares, fixed, self.per_call, self.axes)
+
     def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
         """Ask, and yield what the answers hold; GristmillError, before anything is asked, where a template can't be filled in."""
         questions = self._questions(samples, ctx)
@@ -149,9 +159,11 @@ class Compose(Generator):
         path = self.template_file or TEMPLATES / f"{self._template_for(seeds.task)}.j2"
         wording = _Wording(read_template(path), self.form or ("completion" if path.stem.endswith("completion") else "chat"))
         schema = self._schema(seeds.task, wording.form, ctx)
-        teachers = self._weights(ctx)
-        owed = dict.fromkeys(teachers, 0.0)
-        places = [self._prompts(need, seeds, samples, ctx, _dealt(teachers, owed, ctx.rng)) for need in ctx.needs if need.missing > 0]
+        own = self.effort(ctx.teachers).shares
+        owed: dict[str, float] = defaultdict(float)
+        places = [
+            self._prompts(need, seeds, samples, ctx, _dealt(need.teachers or own, owed, ctx.rng)) for need in ctx.needs if need.missing > 0
+        ]
         drawn: Counter[str] = Counter()
         questions = []
         for ref, prompt in enumerate(islice(_in_turn(places), self.max_calls)):
@@ -160,7 +172,7 @@ class Compose(Generator):
             drawn[text] += 1  # by text and not by teacher: two names may stand for one model
             asked: dict[str, Any] = {"prompt": text} if wording.form == "completion" else {"messages": _turns(text)}
             params = self._params(prompt, seeds, path.stem)
-            call = Call(teacher=prompt.teacher, params=params, json_schema=schema, draw=draw, ref=str(ref), **asked)
+            call = Call(teacher=prompt.teacher, params=params, json_schema=schema, draw=draw, ref=str(ref), aim=prompt.need.aim, **asked)
             where = Provenance(
                 origin="made",
                 generator=ctx.stage,
@@ -195,10 +207,12 @@ class Compose(Generator):
 
     def _prompts(self, need: Need, seeds: _Seeds, samples: pl.DataFrame, ctx: Context, teachers: Iterator[str]) -> Iterator[_Prompt]:
         """What to show and ask for at one place, each prompt `draws` times; axes and teachers are balanced."""
-        calls = math.ceil(need.missing * self.share / (self.per_call * max(0.5 if need.rate is None else need.rate, _LOWEST_RATE)))
+        calls = math.ceil(need.missing / (self.per_call * max(0.5 if need.rate is None else need.rate, _LOWEST_RATE)))
         pool = seeds.at(need, samples, ctx)
         labels = _deck([row["label"] for row in pool] or [need.label], ctx.rng)  # in the proportions of the real ones there
-        axes = {name: _deck(values, ctx.rng) for name, values in self.axes.items()}
+        axes = {name: _deck(_open(name, values, need), ctx.rng) for name, values in self.axes.items()}
+        exemplars = seeds.exemplars(need)
+        tried = [{"text": each.text, "why": each.why} for each in need.tried]
         about = _deck((self.about,) if isinstance(self.about, str) else self.about, ctx.rng)
         for first in range(0, calls, self.draws):
             label = next(labels)
@@ -207,22 +221,11 @@ class Compose(Generator):
                 around = [row for row in seeds.rows if row["label"] == label and row not in here]
                 here += ctx.rng.sample(around, min(self.examples - len(here), len(around)))
             examples = ctx.rng.sample(here, min(self.examples, len(here)))
-            exemplars = [row for row in pool if row["id"] in need.exemplars]
             heading = self._heading(next(about), label)
-            prompt = _Prompt(next(teachers), label, heading, {name: next(values) for name, values in axes.items()}, examples, exemplars)
+            of_label = [row for row in exemplars if row["label"] == label]
+            varied = {name: next(values) for name, values in axes.items()}
+            prompt = _Prompt(next(teachers), label, heading, varied, examples, of_label, tried, need)
             yield from [prompt] * min(self.draws, calls - first)
-
-    def _weights(self, ctx: Context) -> dict[str, float]:
-        """Which share of the calls each teacher gets; by yield in proportion to what it gave, but enough to go on trying each."""
-        given = self.teachers if isinstance(self.teachers, dict) else dict.fromkeys(self.teachers or ctx.teachers, 1.0)
-        worth = [ctx.worth.get(name) for name in given]
-        told = [each for each in worth if each is not None]
-        if self.by == "weight" or not sum(told):
-            return given
-        mean = sum(told) / len(told)  # of one that has not answered yet, the best guess
-        shares = [(mean if each is None else each) / sum(mean if w is None else w for w in worth) for each in worth]
-        floor = min(_FLOOR, 1 / len(given))  # more than ten can't have a tenth each
-        return {name: floor + (1 - floor * len(given)) * share for name, share in zip(given, shares, strict=True)}
 
     def _heading(self, about: str, label: str | None) -> str:
         """One line that says what the texts are."""
@@ -246,6 +249,8 @@ class Compose(Generator):
             "n": self.per_call,
             "start": len(prompt.examples) + 1,
             "exemplars": [_shown(row) for row in prompt.exemplars],
+            "place": prompt.need.name,
+            "tried": prompt.tried,
         }
 
     def _params(self, prompt: _Prompt, seeds: _Seeds, template: str) -> Params:
@@ -269,6 +274,8 @@ class _Prompt:
     axes: dict[str, str]
     examples: list[dict[str, Any]]
     exemplars: list[dict[str, Any]]
+    tried: list[dict[str, str]]
+    need: Need
 
 
 @dataclass(frozen=True)
@@ -320,18 +327,32 @@ class _Seeds:
         longest = max((len((row["input"] + (row["output"] if self.task == "pairs" else "")).encode()) for row in shown), default=500)
         return min(max(64, n * (16 + longest * 4 // 7)), 2048)
 
+    def exemplars(self, need: Need) -> list[dict[str, Any]]:
+        """The rows among a need's exemplars that may be shown."""
+        return [row for row in self.rows if row["id"] in need.exemplars]
+
     def at(self, need: Need, samples: pl.DataFrame, ctx: Context) -> list[dict[str, Any]]:
-        """The rows that show a thin place: those of its label, those among its exemplars, else the four nearest to its exemplars.
+        """The rows that show a thin place: those of its label; of a cluster its exemplars, else the four nearest to them.
 
         Exemplars may be made samples, which are not shown: real ones near them stand for the place.
         """
-        rows = [row for row in self.rows if need.label is None or row["label"] == need.label]
+        apart = need.without.get("label", ())
+        rows = [row for row in self.rows if row["label"] not in apart and (need.label is None or row["label"] == need.label)]
+        if need.cluster is None:
+            return rows
         among = [row for row in rows if row["id"] in need.exemplars]
         made = samples.filter(pl.col("id").is_in(need.exemplars))["input"].to_list()
         if among or not rows or not made:
             return among or rows
         nearness = ctx.embed([row["input"] for row in rows]) @ ctx.embed(made).mean(axis=0)
         return [rows[i] for i in (-nearness).argsort(kind="stable")[:4]]
+
+
+def _open(name: str, values: Sequence[str], need: Need) -> Sequence[str]:
+    """The values of an axis that a place leaves open: its own one, or those that have no place of their own."""
+    if name in need.axes:
+        return (need.axes[name],)
+    return [value for value in values if value not in need.without.get(name, ())]
 
 
 def _read(question: _Question, answer: Answer) -> Iterator[Sample | Failure]:

@@ -49,7 +49,8 @@ _UNSET = Params()
 class Call(BaseModel):
     """One question, as a stage asks it: either `messages` (chat) or `prompt` (raw completion).
 
-    `ref` is the stage's own mark; it comes back with the answer untouched. `draw` asks the same question again on purpose.
+    `ref` is the stage's own mark; it comes back with the answer untouched. `aim` says for which place of the target it is put, for the
+    records. `draw` asks the same question again on purpose.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,12 +62,13 @@ class Call(BaseModel):
     json_schema: dict[str, Any] | None = None
     draw: int = 0
     ref: str = ""
+    aim: str = ""
 
     def key(self, provider: str, model: str) -> str:
         """The ledger's key: a hash of everything that changes the answer, and of nothing else.
 
         In: provider and model (who answers), messages or prompt and schema (what is asked), params (how it is sampled), draw
-        (which of several answers). Out: teacher (a name in one recipe), ref (the stage's own), and all of timeouts, retries,
+        (which of several answers). Out: teacher (a name in one recipe), ref and aim (the stage's own), and all of timeouts, retries,
         addresses and concurrency, which a Call does not even hold.
         """
         asked = [[m.role, m.content] for m in self.messages]

@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Target(BaseModel):
     """What a run is to reach: `accepted` made rows, within `budget_usd`, in at most `rounds` rounds.
 
-    `balance: label` gives every label of the seeds an equal share of the rows; `balance: cluster` aims at thin clusters.
-    `oversample`: how many times the missing rows the first round aims at, so that the target can choose the best of them;
-    later rounds fill up what is short.
+    `balance` names what rows are to be spread over: `label`, `cluster` (as coverage finds them), or an axis that a generator varies; one or
+    several. Each of its values gets an equal share of the rows. `quotas` gives single values rows, or shares of the rows (below 1):
+    `{tone: {angry: 0.3}, refusal: {yes: 0.05}}`; besides labels and axes there are `refusal` (yes, no: whether an output refuses)
+    and `kind` (chat, preference, text). A value that has none takes part in what is left. Clusters follow `proportions`: "uniform",
+    "proportional" (to the reference), or shares by a cluster's name. `reference` is a file of real inputs without labels (logs, tickets):
+    clusters are then those of it, and their quotas in its proportions.
+
+    `oversample`: good rows that are wanted for each row taken. Rounds go on until every place has so many to choose from, as long as money
+    and `rounds` last. `explore`: the part of the effort that is spread over all generators and teachers, whatever they have given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     accepted: int = Field(ge=1)
     budget_usd: float | None = Field(None, ge=0)
-    balance: Literal["label", "cluster"] | None = None
+    balance: str | tuple[str, ...] | None = None
+    quotas: dict[str, dict[str, Annotated[float, Field(ge=0)]]] = Field(default_factory=dict)
+    reference: Path | None = None
+    proportions: Literal["uniform", "proportional"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
     oversample: float = Field(1, ge=1, le=20)
     rounds: int = Field(12, ge=1)
+    explore: float = Field(0.1, ge=0, le=1)
+
+    @property
+    def balanced(self) -> tuple[str, ...]:
+        """The dimensions that rows are to be spread over; clusters too where the target names how."""
+        named = (self.balance,) if isinstance(self.balance, str) else self.balance or ()
+        clusters = ("cluster",) if (self.reference or self.proportions) and "cluster" not in named else ()
+        return (*named, *clusters)
+
+    @field_validator("quotas")
+    @classmethod
+    def _rows(cls, quotas: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        for name, values in quotas.items():
+            if name == "cluster":
+                raise ValueError("shares of clusters stand under proportions")
+            if odd := [value for value, n in values.items() if n >= 1 and n != int(n)]:
+                raise ValueError(f"{name}.{odd[0]}: rows are a whole number, and a share is below 1")
+        return quotas
+
+    @model_validator(mode="after")
+    def _reference(self) -> Target:
+        if self.proportions == "proportional" and self.reference is None:
+            raise ValueError("proportions: proportional is to a reference; name its file under reference")
+        return self
 
     @property
     def budget_micro_usd(self) -> int | None:
@@ -40,10 +74,12 @@ class EmbedderChoice(BaseModel):
 
 
 class ReleasePlan(BaseModel):
-    """How a version is cut: shares of the splits, and how much of it is real.
+    """How a version is cut: shares of the splits, how much of it is real, and what it takes over from the last one.
 
     `real_share`: "all" mixes every real seed in; a number is the share of real rows in the version (0 to 1). `licence` is the
-    version's, `seeds_licence` that of the real rows; both are written into its card.
+    version's, `seeds_licence` that of the real rows; both are written into its card. `earlier`: "keep" adds to what the last version holds
+    (but for rows that the run turned down or has better ones for), "made" takes its made rows alone, so that real rows are
+    the seeds of now, "drop" begins anew.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +87,7 @@ class ReleasePlan(BaseModel):
     validation: float = Field(0.1, ge=0, lt=1)
     test: float = Field(0.1, ge=0, lt=1)
     real_share: Literal["all"] | float = "all"
+    earlier: Literal["keep", "made", "drop"] = "keep"
     licence: str | None = None
     seeds_licence: str | None = None
 

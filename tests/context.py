@@ -51,7 +51,7 @@ class FakeContext:
     round: int = 1
     teachers: Sequence[str] = ("fake",)
     models: Mapping[str, str] = field(default_factory=dict)
-    worth: Mapping[str, float | None] = field(default_factory=dict)
+    reference: pl.DataFrame = field(default_factory=SAMPLES.to_frame)
     reports: dict[str, Any] = field(default_factory=dict)
     asked: list[Call] = field(default_factory=list)
 

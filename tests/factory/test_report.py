@@ -178,7 +178,7 @@ def priced(run, micro_usd):
     """The run, with so much paid for each call that made its samples."""
     for folder in run.path.glob("round-*/02-compose"):
         made = pl.read_parquet(folder / "samples.parquet").drop_nulls("call")
-        costs = made.select("call", "teacher", micro_usd=pl.lit(micro_usd, pl.Int64)).unique()
+        costs = made.select("call", "teacher", micro_usd=pl.lit(micro_usd, pl.Int64), aim=pl.lit("")).unique()
         write_frame(folder / "costs.parquet", costs.cast(dict(COSTS)))
     return RunFolder(run.path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from factory.errors import GristmillError
-from factory.stage import Need
+from factory.stage import Need, Tried
 from factory.store import samples_frame
 from generators.compose import TEMPLATES, Compose, read_template, readable
 from schemas.call import Answer, Call, Params, Reply
@@ -134,7 +135,6 @@ def test_calls_follow_what_is_missing_and_the_rate_and_are_bounded_fairly() -> N
     timing, fee = 'Texts of the kind "transfer timing":', 'Texts of the kind "transfer fee charged":'
     assert asked(Need(8, "transfer_timing", rate=0.25)) == {timing: 16}
     assert asked(Need(8, "transfer_timing")) == {timing: 8}
-    assert asked(Need(8, "transfer_timing"), share=0.3) == {timing: 3}
     assert asked(Need(1, "transfer_timing", rate=1.0), Need(0, "transfer_fee_charged")) == {timing: 1}
     assert asked(Need(1, "transfer_timing", rate=0.0)) == {timing: 10}
     assert asked(Need(50, "transfer_timing"), Need(50, "transfer_fee_charged"), max_calls=7) == {timing: 4, fee: 3}
@@ -188,12 +188,12 @@ def test_a_thin_cluster_is_shown_by_its_real_exemplars_or_by_the_seeds_nearest_t
         chat("Why was I charged a fee for this transfer?", "transfer_fee_charged"), chat("There is a charge for the transfer", "x")
     )
     real = seeds.filter(pl.col("label") == "cancel_transfer")["id"].to_list()
-    among = FakeContext(seeds=seeds, needs=(Need(4, cluster=3, exemplars=tuple(real)),), answers=lambda call: '["x"]')
+    among = FakeContext(seeds=seeds, needs=(Need(4, cluster="3", exemplars=tuple(real)),), answers=lambda call: '["x"]')
     samples, _ = made(Compose(), among)
     assert {parent for s in samples for parent in s.provenance.parents} == set(real)
 
     near = FakeContext(
-        seeds=seeds, kept=pl.concat([seeds, fees]), needs=(Need(4, cluster=3, exemplars=tuple(fees["id"])),), answers=lambda call: '["x"]'
+        seeds=seeds, kept=pl.concat([seeds, fees]), needs=(Need(4, cluster="3", exemplars=tuple(fees["id"])),), answers=lambda call: '["x"]'
     )
     samples, _ = made(Compose(examples=1), near)
     parents = seeds.filter(pl.col("id").is_in([parent for s in samples for parent in s.provenance.parents]))
@@ -424,27 +424,47 @@ def test_many_thin_places_keep_the_proportions_together() -> None:
     assert asked.count("big") == pytest.approx(5 * len(labels), abs=1)
 
 
-def test_more_than_ten_teachers_share_by_yield_without_one_below_nothing() -> None:
-    names = tuple(f"t{n:02d}" for n in range(12))
-    ctx = FakeContext(
-        seeds=bank(), needs=[Need(missing=120, label="failed_transfer", rate=1.0)], worth=dict.fromkeys(names, 1.0) | {"t00": 90.0}
-    )
-    asked = Counter(call.teacher for call in calls(Compose(teachers=names, by="yield", per_call=1), ctx))
-    assert set(asked) == set(names)
-    assert asked["t00"] >= max(asked.values()) - 1
+def test_a_need_says_which_teachers_bring_it() -> None:
+    stage = Compose(teachers=("small", "big"), per_call=1)
+    need = Need(missing=100, label="failed_transfer", rate=1.0)
+    even = Counter(call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=[need])))
+    assert abs(even["small"] - even["big"]) <= 1
+    told = replace(need, teachers={"small": 0.15, "big": 0.05}, aim="there")
+    asked = calls(stage, FakeContext(seeds=bank(), needs=[told]))
+    assert Counter(call.teacher for call in asked) == {"small": 75, "big": 25}
+    assert {call.aim for call in asked} == {"there"}
 
 
-def test_by_yield_the_better_teacher_is_asked_more_and_the_other_not_given_up() -> None:
-    stage = Compose(teachers=("small", "big"), by="yield", per_call=1)
-    needs = [Need(missing=100, label="failed_transfer", rate=1.0)]
-    first = Counter(call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=needs)))
-    assert abs(first["small"] - first["big"]) <= 1  # nothing is known yet
-    told = Counter(call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=needs, worth={"small": 30.0, "big": 10.0})))
-    assert told["small"] == pytest.approx(0.7 * 100, abs=1)  # a tenth each, and three quarters of the rest
-    hopeless = Counter(call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=needs, worth={"small": 30.0, "big": 0.0})))
-    assert hopeless["big"] == pytest.approx(0.1 * 100, abs=1)
-    untried = Counter(call.teacher for call in calls(stage, FakeContext(seeds=bank(), needs=needs, worth={"small": 30.0, "big": None})))
-    assert untried["big"] == pytest.approx(50, abs=1)
+def test_what_a_line_can_bring_is_told_before_anything_is_asked() -> None:
+    plain = Compose(share=0.5, per_call=3, axes={"tone": ("curt", "angry")}).effort(("a", "b"))
+    assert (plain.shares, plain.fixed, plain.per_call) == ({"a": 0.25, "b": 0.25}, False, 3)
+    assert plain.serves(Need(1, axes={"tone": "angry"})) and not plain.serves(Need(1, axes={"tone": "sad"}))
+    assert plain.serves(Need(1, without={"tone": ("angry",)})) and not plain.serves(Need(1, without={"tone": ("angry", "curt")}))
+    assert Compose(teachers={"a": 3, "b": 1}).effort(()).fixed  # who gives weights means them
+    assert not Compose(teachers={"a": 3, "b": 1}, by="yield").effort(()).fixed
+    assert Compose(by="weight").effort(("a",)).fixed
+
+
+def test_axes_keep_to_the_place_that_is_asked_for() -> None:
+    stage = Compose(per_call=1, axes={"tone": ("curt", "angry", "sad"), "length": ("short", "long")})
+    made = {"label": "failed_transfer", "rate": 1.0}
+    only = calls(stage, FakeContext(seeds=bank(), needs=[Need(12, **made, axes={"tone": "angry"})]))
+    assert all("Tone: angry." in call.messages[-1].content for call in only)
+    assert Counter("Length: short." in call.messages[-1].content for call in only) == {True: 6, False: 6}
+    rest = calls(stage, FakeContext(seeds=bank(), needs=[Need(12, **made, without={"tone": ("angry",)})]))
+    assert not any("Tone: angry." in call.messages[-1].content for call in rest)
+
+
+def test_a_second_try_shows_what_is_missing_and_what_was_not_taken() -> None:
+    seeds = bank()
+    shown = seeds.filter(pl.col("label") == "failed_transfer")["id"].to_list()[:1]
+    text = seeds.filter(pl.col("id") == shown[0])["input"].item()
+    need = Need(4, "failed_transfer", exemplars=tuple(shown), tried=(Tried("Where is my card?", "off topic"),), name="bounced, payment")
+    (call, *_) = calls(Compose(examples=0), FakeContext(seeds=seeds, needs=[need]))
+    said = call.messages[-1].content
+    assert text in said and "Where is my card?" in said and "off topic" in said and "bounced, payment" in said
+    (plain, *_) = calls(Compose(examples=0), FakeContext(seeds=seeds, needs=[Need(4, "failed_transfer")]))
+    assert text not in plain.messages[-1].content and "not taken" not in plain.messages[-1].content
 
 
 def test_a_sample_names_the_teacher_that_answered() -> None:
