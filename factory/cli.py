@@ -99,7 +99,8 @@ def plan(recipe: Path, probe: int | None) -> None:
 def run(recipe: Path, view: View, retry_failed: bool) -> None:
     """Run RECIPE to its target, or go on where it stopped.
 
-    Exit status: 0 the target is met, 3 the run ended short of it and says why, 2 the recipe is faulty, 1 it had to stop.
+    Exit status: 0 the target is met, 3 the run ended short of it and says why, 5 the watch stopped it, 2 the recipe is faulty, 1 it had
+    to stop.
     """
     from factory.recipe import load_recipe
     from factory.records import RunFolder
@@ -112,7 +113,7 @@ def run(recipe: Path, view: View, retry_failed: bool) -> None:
         click.echo("gristmill: nothing to ask again: no call of this run failed in a way that asking again may mend.", err=True)
     folder = turn(read, home(), view=view, retry_failed=retry_failed)
     _print(outcome(folder))
-    sys.exit(0 if folder.status["status"] == "done" else 3)
+    sys.exit({"done": 0, "alarm": 5}.get(folder.status["status"], 3))
 
 
 @main.command()
@@ -212,15 +213,17 @@ def judge_report(recipe: Path, files: tuple[Path, ...], stage: str | None, preci
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Release even where the last version holds exactly these rows.")
+@click.option("--replace", is_flag=True, help="Leave out the rows of earlier versions that this run does not hold itself.")
+@click.option("--despite-alarm", is_flag=True, help="Release even where the watch stopped the run; the card says so.")
 @_told
-def release(recipe: Path, force: bool) -> None:
+def release(recipe: Path, force: bool, replace: bool, despite_alarm: bool) -> None:
     """Cut a version of RECIPE's dataset from its run: JSONL splits, manifest, lineage, card and report."""
     from factory.errors import AlreadyReleased
     from factory.publish import release_run
     from factory.show import released
 
     try:
-        version = release_run(_recipe(recipe), home(), force=force)
+        version = release_run(_recipe(recipe), home(), force=force, replace=replace, despite_alarm=despite_alarm)
     except AlreadyReleased as known:
         click.echo(str(known))
         version = known.folder

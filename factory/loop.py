@@ -280,9 +280,12 @@ def _shares(recipe: Recipe, record: RunFolder, upto: int, names: Mapping[str, st
         return {}
     how = recipe.target.proportions or ("proportional" if recipe.target.reference else "uniform")
     found = record.reference_counts(upto)
-    shares = {number: float(found.get(number, 0)) if found else 1.0 for number in sorted(names, key=int)}
+    if not found:  # a cluster of made rows alone is no place that anybody asked for
+        real = record.real_in_clusters(upto)
+        found = {number: 1 for number in names if real.get(number)}
+    shares = {number: float(found.get(number, 0)) for number in sorted(names, key=int)}
     if how == "uniform":
-        return dict.fromkeys(shares, 1.0)
+        return {number: float(share > 0) for number, share in shares.items()}
     if isinstance(how, str):
         return shares
     named = {number: how[name] for number, name in names.items() if name in how}

@@ -46,6 +46,7 @@ class RunState:
     round: int = 0
     accepted: int = 0
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # place -> (have, wanted)
+    alarms: list[str] = field(default_factory=list)  # what the watch says of the last round
     stages: list[StageState] = field(default_factory=list)
     meter: Meter | None = None
     started: float = field(default_factory=time.monotonic)
@@ -172,7 +173,8 @@ def render(state: RunState) -> RenderableType:
     whole = Table.grid(padding=(0, 2))
     whole.add_row(ProgressBar(total=state.wanted, completed=state.accepted, width=48), f"{state.accepted}/{state.wanted} accepted")
     head = Text.assemble((state.name, "bold"), f"  round {state.round}")
-    return Group(head, stages, places, whole, Text(summary(state)), *(Text(line, style="dim") for line in paces(state)))
+    lines = [*(Text(alarm, style="yellow") for alarm in state.alarms), *(Text(line, style="dim") for line in paces(state))]
+    return Group(head, stages, places, whole, Text(summary(state)), *lines)
 
 
 def _counts(stage: StageState) -> str:

@@ -31,12 +31,17 @@ def run_of(recipe: Recipe, home: Path) -> RunFolder:
     return run
 
 
-def release_run(recipe: Recipe, home: Path, *, force: bool = False) -> Path:
-    """Cut the next version of a recipe's dataset from its run and give its folder; errors as `release`."""
+def release_run(recipe: Recipe, home: Path, *, force: bool = False, replace: bool = False, despite_alarm: bool = False) -> Path:
+    """Cut the next version of a recipe's dataset from its run and give its folder; errors as `release`.
+
+    replace: rows of the last version are left out this once, whatever the recipe says.
+    """
     run = run_of(recipe, home)
     embedder, embed = _embedding(recipe, run)
     facts = facts_of(recipe, run, embedder)
-    return release(run, name=recipe.name, plan=recipe.release, datasets=home / DATASETS, embed=embed, facts=facts, force=force)
+    plan = recipe.release.model_copy(update={"earlier": "drop"}) if replace else recipe.release
+    datasets = home / DATASETS
+    return release(run, name=recipe.name, plan=plan, datasets=datasets, embed=embed, facts=facts, force=force, despite_alarm=despite_alarm)
 
 
 def report_run(recipe: Recipe, home: Path) -> Path:

@@ -22,10 +22,11 @@ from factory.stage import Effort, Filter, Generator, RecipeFile, Stage, TeacherN
 from factory.teacher import Teacher
 from schemas.canonical import canonical_json
 from schemas.recipe import EmbedderChoice, ReleasePlan, Target
+from schemas.watch import Watch
 
 RECIPE_FILE = "recipe.yaml"
 
-# What is not the identity of a run: a change here goes on in the same folder.
+# What is not the identity of a run: a change here goes on in the same folder. Nor are `watch`, which only stops it, and `release`.
 NOT_IDENTITY = {
     "target": {"budget_usd": "more money goes on where less stopped", "rounds": "so do more rounds"},
     "teachers": {
@@ -55,6 +56,7 @@ _TOP = {
     "name": "what the dataset is called",
     "seed": "random seed",
     "target": "what is wanted",
+    "watch": "when a collapsing dataset is to stop the run",
     "embedder": "which model makes vectors",
     "teachers": "who is asked",
     "stages": "what is done",
@@ -84,6 +86,7 @@ class Recipe:
     stages: tuple[StageLine, ...]
     embedder: EmbedderChoice = EmbedderChoice()
     release: ReleasePlan = ReleasePlan()
+    watch: Watch = Watch()
     seed: int = 0
 
     @cached_property
@@ -227,6 +230,7 @@ class _Reading:
         target = self._part(Target, self._with_reference(data.get("target", {"accepted": 1})), ("target",))
         embedder = self._part(EmbedderChoice, data.get("embedder", {}), ("embedder",))
         release = self._part(ReleasePlan, data.get("release", {}), ("release",))
+        watch = self._part(Watch, data.get("watch", {}), ("watch",))
         teachers = self._teachers(data.get("teachers", {}))
         named = data.get("teachers")
         stages = self._stages(data.get("stages"), list(named) if isinstance(named, dict) else [])
@@ -235,8 +239,8 @@ class _Reading:
         self._dimensions(target, [line.stage for line in stages])
         if self.problems:
             raise RecipeError(sorted(self.problems, key=lambda problem: problem.line or 0))
-        assert target and embedder and release
-        return Recipe(self.path, self.text, name, target, teachers, stages, embedder, release, seed)
+        assert target and embedder and release and watch
+        return Recipe(self.path, self.text, name, target, teachers, stages, embedder, release, watch, seed)
 
     def _parse(self) -> dict[str, Any]:
         try:

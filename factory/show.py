@@ -33,6 +33,8 @@ def outcome(run: RunFolder) -> RenderableType:
     parts: list[RenderableType] = [funnel_table(run.funnel()), Text()]
     if balance := places_line(run):
         parts += [balance, Text()]
+    if (short := shortfalls(status.get("cells", []))) is not None:
+        parts += [short, Text()]
     if costs := costs_line(run):
         parts += [costs, Text()]
     good = status["status"] == "done"
@@ -45,6 +47,9 @@ def outcome(run: RunFolder) -> RenderableType:
     )
     if status.get("reason"):
         head.append(f"\n{status['reason']}", "yellow")
+    warned = [alarm["sentence"] for alarm in status.get("alarms", []) if not alarm["stops"]]
+    for sentence in dict.fromkeys(warned):
+        head.append(f"\n{sentence}", "yellow")
     if lost := status.get("lost_micro_usd"):
         head.append(f"\nup to {dollars(lost)} of that may have been paid for answers that were lost when a process died", "yellow")
     return Group(*parts, head, Text(f"run: {run.path}"))
@@ -81,14 +86,32 @@ def reasons(counts: Counter[str]) -> str:
 
 
 def places_line(run: RunFolder) -> Text | None:
-    """Rows a label, where the target balances labels."""
+    """Rows a place of the target, where it has several."""
     places = run.status.get("places") or {}
-    accepted = dict(run.accepted["label"].value_counts().iter_rows()) if places else {}
     if not places:
         return None
-    return Text(
-        "accepted by label: " + ", ".join(f"{label} {accepted.get(label, 0)}/{wanted}" for label, (_, wanted) in sorted(places.items()))
-    )
+    return Text("accepted: " + ", ".join(f"{place} {have}/{wanted}" for place, (have, wanted) in sorted(places.items())))
+
+
+def shortfalls(cells: list[dict[str, Any]]) -> Table | None:
+    """What is short, what was tried for it, and what the rest would cost at the yield so far; None where nothing is."""
+    short = [cell for cell in cells if cell["to_get"]]
+    if not short:
+        return None
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("short", "rows", "calls", "good", "mostly lost to", "cost", "the rest would take"):
+        table.add_column(name, justify="right" if name in ("rows", "calls", "good", "cost") else "left", overflow="fold")
+    for cell in short:
+        get = cell["to_get"]
+        if get["calls"] is None:
+            rest = "nobody knows: nothing good came" if cell["calls"] else "nobody knows: it was not asked for"
+        else:
+            rest = f"{get['calls']:,} calls" + ("" if get["micro_usd"] is None else f", {dollars(get['micro_usd'])}")
+        name = f"{cell['dimension']}: {cell['name']}" if cell["dimension"] not in ("", "label") else cell["name"] or "rows"
+        lost = ", ".join(f"{n} {reason}" for reason, n in cell["rejected"].items())
+        rows = f"{cell['have']}/{cell['wanted']}"
+        table.add_row(name, rows, f"{cell['calls']:,}", f"{cell['came']:,}", lost, dollars(cell["micro_usd"]), rest)
+    return table
 
 
 def costs_line(run: RunFolder) -> Text | None:

@@ -72,7 +72,11 @@ class FunnelLine(_Record):
 
 
 class Counts(_Record):
-    """Rows of the version; `cluster` counts by the name that coverage gave, "" stands for none."""
+    """Rows of the version; `cluster` counts by the name that coverage gave, "" stands for none.
+
+    `since` counts by the version in which a row first stood, `depth` by generation: "0" real, "1" made from real rows alone, and so on.
+    Both are empty in manifests that were written before there were such counts.
+    """
 
     total: int
     split: dict[str, int]
@@ -82,6 +86,21 @@ class Counts(_Record):
     origin_by_split: dict[str, dict[str, int]]
     teacher: dict[str, int]
     cluster: dict[str, int]
+    since: dict[str, int] = Field(default_factory=dict)
+    depth: dict[str, int] = Field(default_factory=dict)
+
+
+class Accumulated(_Record):
+    """What the version took over from the last one, beyond what the run holds itself.
+
+    `asked` is what the recipe wanted ("keep", "made", "drop"); `real` of the `rows` are real; `left_out` counts rows of the last version
+    that are not here, by reason.
+    """
+
+    asked: str = "drop"
+    rows: int = 0
+    real: int = 0
+    left_out: dict[str, int] = Field(default_factory=dict)
 
 
 class SplitRule(_Record):
@@ -184,8 +203,9 @@ class Manifest(_Record):
     """A released version. It is written last: where a manifest stands, the version is whole.
 
     `micro_usd` and the tokens are the run's; `prices` is where those come from that the recipe does not give; `left_out`
-    counts rows that could have been released and were not, by reason. `diversity` are the figures of the made rows, by name
-    (docs/diversity.md), measured against the seeds; two versions can be compared by them where they hold as many rows.
+    counts rows of the run that could have been released and were not, by reason. `diversity` are the figures of the rows that the run
+    made, by name (docs/diversity.md), measured against the seeds; two versions can be compared by them where their runs made as many.
+    `alarms` are the run's, a sentence each, whether or not they ended it.
     """
 
     format: str = MANIFEST_FORMAT
@@ -199,6 +219,7 @@ class Manifest(_Record):
     counts: Counts
     real_share: float
     left_out: dict[str, int] = Field(default_factory=dict)
+    accumulated: Accumulated = Accumulated()
     splits: SplitRule
     leak_check: LeakCheck
     diversity: dict[str, float] = Field(default_factory=dict)
@@ -214,6 +235,7 @@ class Manifest(_Record):
     tokens_out: int
     embedder: str
     run: RunFacts
+    alarms: tuple[str, ...] = ()
     recipe: dict[str, Any]
     versions: dict[str, str]
     notes: tuple[str, ...] = ()

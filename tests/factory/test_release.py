@@ -196,7 +196,8 @@ def test_a_made_row_near_a_holdout_goes_to_test_and_a_shown_seed_near_one_stays_
     assert any("shown to a teacher and near a test row" in reason for reason in open_version(version).left_out)
 
 
-def test_what_was_in_test_stays_there_and_draws_its_near_duplicates(tmp_path):
+@pytest.mark.parametrize("earlier", ["keep", "drop"])
+def test_what_was_in_test_stays_there_and_draws_its_near_duplicates(tmp_path, earlier):
     real = seeds()
     first = cut(write_run(tmp_path / "one", real, made(real), []), tmp_path)
     before = {row["meta"]["id"]: (split, row) for split, row in everything(first)}
@@ -208,11 +209,11 @@ def test_what_was_in_test_stays_there_and_draws_its_near_duplicates(tmp_path):
     again = [chat(said(gone) + " Please.", gone["meta"]["label"]), chat(said(trained) + " Please.", trained["meta"]["label"])]
     more = {label: [f"What does {label.replace('_', ' ')} mean, and who is {name}?" for name in ("Bo", "Ada")] for label in LINES}
     new = [*made(real, grown), *made(real, more), *again]
-    second = cut(write_run(tmp_path / "two", real, new, []), tmp_path)
+    second = cut(write_run(tmp_path / "two", real, new, []), tmp_path, plan=PLAN.model_copy(update={"earlier": earlier}))
     after = {row["meta"]["id"]: split for split, row in everything(second)}
 
     assert second.name == "v2"
-    assert gone["meta"]["id"] not in after
+    assert after.get(gone["meta"]["id"]) == {"keep": "test", "drop": None}[earlier]
     assert {after[row["meta"]["id"]] for row in tested[1:]} == {"test"}
     assert (after[again[0].id], after[again[1].id]) == ("test", "train")
     assert {id_: split for id_, (split, _) in before.items() if id_ in after} == {
