@@ -21,6 +21,7 @@ from factory.records import RunFolder
 from factory.run import run
 from factory.stage import Stage
 from factory.teacher import Connection, Heard, Price, Teacher
+from factory.twosample import mmd
 from filters.coverage import Coverage
 from filters.exact import Exact
 from filters.fits import Fits
@@ -29,6 +30,8 @@ from generators.compose import Compose
 from generators.seeds import Seeds
 from schemas.call import Call, Params, Reply
 from schemas.recipe import ReleasePlan, Target
+from schemas.watch import Watch
+from tests.context import embedder
 
 ROOT = Path(__file__).parents[2]
 SEEDS = ROOT / "examples" / "bank-intents" / "seeds.jsonl"
@@ -234,3 +237,56 @@ def test_rows_are_spread_over_clusters_and_asked_for_by_name(tmp_path: Path) -> 
     at = standing(mill, folder, folder.of_fate("real"), folder.status["rounds"] + 1)
     assert at.grid.soft == {"cluster"}
     assert set(at.names) >= set(at.grid.quotas["cluster"])
+
+
+def test_the_watch_names_the_teacher_that_repeats_itself_and_no_other(tmp_path: Path) -> None:
+    teachers = {"tiring": Tiring(rows=1, every=(0, 2), concurrency=1), "fresh": Writer(model="fresh", rows=1, every=(1, 2), concurrency=1)}
+    folder = turn(tmp_path, teachers, compose={"per_call": 1, "max_calls": 90}, accepted=180, rounds=12)
+    alarms = folder.status["alarms"]
+    assert {alarm["teacher"] for alarm in alarms if alarm["name"] == "repeats_at_most"} == {"tiring"}
+    assert not any(alarm["stops"] for alarm in alarms)
+
+
+def test_an_alarm_stops_the_run_until_the_threshold_is_moved(tmp_path: Path) -> None:
+    mill = recipe(tmp_path, {"writer": Writer()}, accepted=60, rounds=5, compose={"max_calls": 10})
+
+    def go(**watch: Any) -> RunFolder:
+        return run(Recipe(**{**vars(mill), "watch": Watch(**watch)}), tmp_path / "mill", view="quiet")
+
+    stopped = go(real_at_least=0.65)
+    assert (stopped.status["status"], stopped.status["rounds"]) == ("alarm", 1)
+    assert "watch.real_at_least" in stopped.status["reason"]
+    assert [alarm["name"] for alarm in stopped.status["alarms"]] == ["real_at_least"]
+    before = stopped.samples
+    again = go(real_at_least=0.65)
+    assert again.status["status"] == "alarm" and again.samples.equals(before)  # nothing more was asked
+    further = go()
+    assert further.path == stopped.path
+    assert further.status["status"] == "done"
+    assert not any(alarm["stops"] for alarm in further.status["alarms"])
+    assert further.samples.filter(pl.col("round") <= 1).equals(before)
+
+
+REFERENCE = [("transfer_timing", 24), ("cancel_transfer", 6), ("failed_transfer", 0)]
+
+
+def test_rows_follow_the_proportions_of_a_reference(tmp_path: Path) -> None:
+    """Seeds are even over labels, the reference is not: what is made is as the reference, and nearer to it than the seeds are."""
+    reference = tmp_path / "tickets.jsonl"
+    texts = [text for label, n in REFERENCE for text in STOCK[label][:n]]
+    reference.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    mill = recipe(
+        tmp_path, {"writer": Writer(rows=1)}, Coverage(), accepted=40, balance=None, reference=reference, compose={"per_call": 1}, rounds=8
+    )
+    folder = run(mill, tmp_path / "mill", view="quiet")
+    at = standing(mill, folder, folder.of_fate("real"), folder.status["rounds"] + 1)
+    wanted = at.grid.quotas["cluster"]
+    assert (sum(wanted.values()), at.grid.soft) == (40, frozenset())
+    have = Counter(cell for cell, keep in zip(at.cells, at.good["id"].is_in(folder.accepted["id"].implode()), strict=True) if keep)
+    assert all(have[(cluster,)] <= n for cluster, n in wanted.items())
+    assert folder.accepted.height >= 30
+    seeds, made, real = (
+        embedder().embed(texts) for texts in (folder.of_fate("real")["input"].to_list(), folder.accepted["input"].to_list(), texts)
+    )
+    after, before = mmd(made, real), mmd(seeds, real)
+    assert after and before and after.squared < before.squared
