@@ -51,7 +51,7 @@ demo: install model
 	$(BIN)/gristmill release examples/bank-intents
 	$(BIN)/python bench/probe.py --seeds examples/bank-intents/seeds.jsonl --version mill/datasets/bank-intents --dev bench/data/banking77_dev.jsonl
 
-# Half an hour; writes bench/results/*.json.
+# An hour and a half; writes bench/results/*.json.
 bench: install model
 	$(BIN)/python bench/startup.py --json bench/results/startup.json
 	$(BIN)/python bench/gateway.py --json bench/results/gateway.json
@@ -60,6 +60,7 @@ bench: install model
 	$(BIN)/python bench/dedup.py --json bench/results/dedup.json
 	$(BIN)/python bench/rules.py --json bench/results/rules.json
 	$(BIN)/python bench/faults.py --json bench/results/faults.json
+	$(BIN)/python bench/loop.py --json bench/results/loop.json
 	$(BIN)/python bench/demo.py --seeds 0 1 --json bench/results/demo.json
 
 # The gateway beside other engines, each in an environment of its own (2 GB); goes on where it stopped.

@@ -25,6 +25,7 @@ Cell = tuple[str, ...]  # a value in each dimension
 
 REST = "\0"  # the value under which falls what has no quota of its own; no label that a person wrote
 LABEL, CLUSTER, KIND, REFUSAL = "label", "cluster", "kind", "refusal"
+SPARED = 0.1  # of the rows that are wished for to choose from: as few may be missing
 DERIVED = {KIND: ("chat", "preference", "text"), REFUSAL: ("yes", "no")}
 
 
@@ -131,13 +132,10 @@ def _column(frame: pl.DataFrame, name: str, grid: Grid, homes: Mapping[str, str]
     elif name == REFUSAL:
         value = pl.when(pl.col("output").str.contains(refusal_pattern())).then(pl.lit("yes")).otherwise(pl.lit("no"))
     else:
-        value = pl.col("axes").str.json_path_match("$[" + _quoted(name) + "]")
+        axes = pl.Struct({name: pl.String()})
+        value = pl.col("axes").str.json_decode(axes).struct.field(name)
     rest = pl.lit(REST if REST in grid.quotas[name] else None, pl.String)
     return frame.select(pl.when(value.is_in(list(grid.quotas[name]))).then(value).otherwise(rest).alias(name)).to_series()
-
-
-def _quoted(name: str) -> str:
-    return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def by_value(grid: Grid, cells: Mapping[Cell, int]) -> dict[str, dict[str, int]]:

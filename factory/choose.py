@@ -16,7 +16,7 @@ Numbers = NDArray[np.floating[Any]]
 Rows = NDArray[np.intp]
 Cells = Sequence[tuple[Rows, int]]  # row numbers, and how many of them are wanted
 
-QUALITY = 0.3  # weight of mean quality; 0.1 takes 1.6 times as many rows of a wrong label, 1 represents the pool less well (docs/log.md)
+QUALITY = 0.5  # weight of mean quality: less takes more rows of a wrong label, more represents the pool less well (docs/log.md)
 GRID = 2**16  # cosines are whole numbers of this part: sums are exact in any order, and lazy bounds never too low by a rounding
 PAIRS = 2**25  # about so many likenesses are kept, 8 bytes each
 SAMPLED = 256  # rows by which a floor is found that keeps to PAIRS
@@ -30,7 +30,7 @@ def select(cells: Cells, quality: Numbers, vectors: Vectors, held: Vectors) -> R
     anyway, none in any shape. A row number stands in one cell at most; a row of no cell is not chosen, but wants to be represented.
     ValueError where a row stands in two cells.
 
-    What is made large is how well the pool is represented, plus 0.3 x the mean quality of what is chosen. A row is represented by
+    What is made large is how well the pool is represented, plus half of the mean quality of what is chosen. A row is represented by
     the greatest cosine, zero at least, to a row that is held or chosen: facility location (Lin & Bilmes 2011, "A Class of Submodular
     Functions for Document Summarization"). So a copy adds its quality alone, and an outlier stands for itself alone. The function is
     monotone and submodular: taking the row that adds most, of any cell that is not full, reaches at least half of the best choice
@@ -38,8 +38,9 @@ def select(cells: Cells, quality: Numbers, vectors: Vectors, held: Vectors) -> R
     changes nothing in the result. Cells that are taken whole come first, since the others had better know of them. Ties go to the
     lower row number; otherwise the order of rows and cells decides nothing.
 
-    All pairs are compared: 20,000 rows take seconds, 100,000 minutes. Beyond 5,793 different vectors the pairs that could
-    count may be more than 2**25; then cosines up to a floor, found from 256 rows, count as the floor, which keeps that many.
+    All pairs are compared: 20,000 rows take 15 s on two cores, and twice as many four times as long. Beyond 5,792 different vectors
+    the pairs that could count may be more than 2**25; then cosines up to a floor, found from 256 rows, count as the floor, and about
+    so many are kept (300 MB). With near copies by the thousand, which a filter of duplicates would have taken out, it can be more.
     """
     owner = np.full(len(vectors), -1, np.intp)
     for cell, (rows, _) in enumerate(cells):
@@ -114,7 +115,7 @@ def represented(chosen: Rows, vectors: Vectors, held: Vectors) -> NDArray[np.flo
 def value(chosen: Rows, quality: Numbers, vectors: Vectors, held: Vectors) -> NDArray[np.float64]:
     """What `select` makes large, of the first 0, 1, … all of the chosen rows: shape (k + 1,), each at least the one before.
 
-    `represented`, plus 0.3 x the quality of the rows so far by how many are chosen in all. The last is the worth of the choice,
+    `represented`, plus half of the quality of the rows so far by how many are chosen in all. The last is the worth of the choice,
     which can be compared with that of as many other rows; the last less that of 100 rows before is what the last hundred added.
     """
     so_far = np.concatenate([[0.0], np.cumsum(quality[chosen], dtype=np.float64)])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from factory import rounds
 from factory.aim import PATIENCE
+from factory.cells import SPARED
 
 Numbers = NDArray[np.float64]
 
@@ -314,7 +315,7 @@ class _Play:
     def turn(self) -> _Play:
         """The rounds, as `factory.run` turns them."""
         number, idle = 1, 0
-        while self.have.sum() < self.quota.sum():
+        while not self._done():
             if idle >= PATIENCE or number > self.outlook.rounds:
                 self.end = "stalled" if idle >= PATIENCE else "rounds"
                 break
@@ -329,6 +330,12 @@ class _Play:
             idle = 0 if accepted.any() else idle + 1
             number += 1
         return self
+
+    def _done(self) -> bool:
+        """Whether the target is met, and there are nearly as many rows to choose from as were wished for (`Standing.plenty`)."""
+        lacking = self.quota - self.have
+        taken = np.floor(self.quota / self.outlook.oversample)
+        return bool(not lacking.any() or ((self.have >= taken).all() and lacking.sum() <= SPARED * self.quota.sum()))
 
     def _affordable(self, before: Mapping[tuple[str, str], Numbers]) -> float:
         """The share of a round that the budget still pays."""

@@ -99,7 +99,9 @@ def judge_report(
     found = []
     for line in lines:
         assert isinstance(line.stage, Filter)
-        if stage in (line.folder, line.stage.key) if stage else line.stage.ranks or type(line.stage).questions is not Filter.questions:
+        # One of the pool asks for the names of clusters: it judges no row.
+        judges = line.stage.ranks or (type(line.stage).questions is not Filter.questions and line.stage.scope != "pool")
+        if stage in (line.folder, line.stage.key) if stage else judges:
             files_of = {field: of for field, of in recipe.hashes.items() if field.startswith(f"{line.folder}.")}
             identity = content_hash("j1", [line.stage.key, line.stage.model_dump(mode="json"), sorted(files_of.values())])
             at_least = getattr(line.stage, "at_least", None)

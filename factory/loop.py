@@ -17,13 +17,14 @@ import numpy as np
 import polars as pl
 
 from factory import aim
-from factory.cells import CLUSTER, LABEL, REST, Cell, Grid, by_value, cells_of, grid_of, how_many, missing
+from factory.cells import CLUSTER, LABEL, REST, SPARED, Cell, Grid, by_value, cells_of, grid_of, how_many, missing
 from factory.choose import select
 from factory.errors import RunError
 from factory.recipe import Recipe
 from factory.records import TARGET, RunFolder
+from factory.rows import read_samples
 from factory.stage import Filter, Need, Tried, Vectors
-from factory.store import verdicts_from
+from factory.store import SAMPLES, verdicts_from
 
 Embed = Callable[[Sequence[str]], Vectors]
 
@@ -72,6 +73,11 @@ class Standing:
         lacking = _dealt(self.recipe, self.grid, self.there, self.number)
         # Of no value too few, and yet the target is not met: rows are there, but not in cells that go together.
         return lacking if self.met or lacking else _dealt(self.recipe, self.grid, self.taken, self.number)
+
+    @property
+    def plenty(self) -> bool:
+        """Whether there are nearly as many rows to choose from as were wished for: the last tenth would cost rounds of a few rows each."""
+        return self.lacking.total() <= SPARED * self.grid.accepted * self.recipe.target.oversample
 
     @cached_property
     def only_soft(self) -> bool:
@@ -256,6 +262,12 @@ def check_target(recipe: Recipe, seeds: pl.DataFrame, holdout: int) -> None:
                 f"release.real_share {share:g} of {recipe.target.accepted} made rows needs {needed} real ones, and there are {there}",
                 next="Lower it, ask for fewer rows, or bring more seeds.",
             )
+
+
+def reference_of(recipe: Recipe) -> pl.DataFrame:
+    """The real inputs whose distribution the target follows, as `SAMPLES`; no row where it follows none."""
+    path = recipe.target.reference
+    return SAMPLES.to_frame() if path is None else read_samples(path)
 
 
 def first_needs(recipe: Recipe, seeds: pl.DataFrame) -> dict[str, tuple[Need, ...]]:

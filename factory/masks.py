@@ -214,6 +214,12 @@ class MaskedRun(RunFolder):
         return self.raw.verdicts.filter(pl.col("detail").str.contains('"found":', literal=True))["sample"].unique()
 
     @cached_property
+    def status(self) -> dict[str, Any]:
+        """As in the run; reasons, names of clusters and alarms lose what is masked."""
+        told: dict[str, Any] = self.told(self.raw.status)
+        return told
+
+    @cached_property
     def samples(self) -> pl.DataFrame:
         """As in the run, masked; of what is hidden nothing is left but a word in `input`."""
         raw = masked(self.raw.samples, all_spans(self.spans))

@@ -111,8 +111,7 @@ def followed(rounds: Sequence[pl.DataFrame]) -> pl.DataFrame:
         numbers = matched(pl.concat([known, *present.values()]), frame)
         unmatched = pl.when(pl.col("cluster").is_in(list(numbers))).then(-1).otherwise("cluster")
         numbers |= matched(pl.concat([known, *absent.values()]), frame.with_columns(cluster=unmatched))
-        fresh = [cluster for cluster in _ranked(inside, "cluster") if cluster not in numbers]
-        for cluster in sorted(fresh, key=lambda cluster: cluster in used):  # those whose own number is free come first
+        for cluster in (cluster for cluster in _ranked(inside, "cluster") if cluster not in numbers):
             numbers[cluster] = cluster if cluster not in used else max(used) + 1
             used.add(numbers[cluster])
         home = "home" if "home" in frame.columns else "cluster"

@@ -27,7 +27,7 @@ from factory.errors import RunError
 from factory.forecast import Answered, Had, Novelty
 from factory.gateway import Gateway, filled
 from factory.ledger import Ledger, open_ledger
-from factory.loop import check_target, first_needs
+from factory.loop import check_target, first_needs, reference_of
 from factory.recipe import Recipe, StageLine
 from factory.stage import Filter, Generator, Need, Vectors, check_filters
 from factory.still import Still
@@ -49,11 +49,16 @@ class First:
     quota: Mapping[str, int]
     needs: Mapping[str, tuple[Need, ...]]  # by the generator's line
 
+    @cached_property
+    def reference(self) -> pl.DataFrame:
+        """The real inputs whose distribution the target follows; none where it follows none."""
+        return reference_of(self.recipe)
+
     @property
     def known(self) -> dict[str, Any]:
         """What any context of this round holds, as `Still` takes it."""
         models = {name: teacher.model for name, teacher in self.recipe.teachers.items()}
-        rows = {"seeds": self.seeds, "holdout": self.holdout}
+        rows = {"seeds": self.seeds, "holdout": self.holdout, "reference": self.reference}
         return {"seed": self.recipe.seed, **rows, "teachers": tuple(models), "models": models}
 
     def context(self, line: StageLine) -> Still:

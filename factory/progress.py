@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from factory.gateway import Snapshot
+
+
+PLACES = 20  # that the live view shows, the thinnest ones
+SHORT = 4  # that a round's line names
 
 
 class Meter(Protocol):
@@ -47,6 +51,7 @@ class RunState:
     accepted: int = 0
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # place -> (have, wanted)
     alarms: list[str] = field(default_factory=list)  # what the watch says of the last round
+    told: list[str] = field(default_factory=list)  # a line a round that ended
     stages: list[StageState] = field(default_factory=list)
     meter: Meter | None = None
     started: float = field(default_factory=time.monotonic)
@@ -94,15 +99,19 @@ def _plain(state: RunState, out: TextIO) -> Iterator[None]:
     """A line when a stage ends, and one every half minute in between."""
     stop = threading.Event()
     said: set[tuple[int, str]] = set()
+    lines = 0
     beat = time.monotonic()
 
     def say() -> None:
-        nonlocal beat
+        nonlocal beat, lines
         for number, stage in list(state.begun):
             if stage.state == "done" and (number, stage.folder) not in said:
                 said.add((number, stage.folder))
                 print(f"round {number:02d} {stage.folder:<14} {_counts(stage)}", file=out, flush=True)
                 beat = time.monotonic()
+        for line in state.told[lines:]:
+            print(line, file=out, flush=True)
+            lines += 1
         if time.monotonic() - beat > 30:
             beat = time.monotonic()
             print(
@@ -122,6 +131,14 @@ def _plain(state: RunState, out: TextIO) -> Iterator[None]:
         stop.set()
         thread.join()
         say()
+
+
+def round_line(number: int, accepted: int, wanted: int, places: Mapping[str, tuple[int, int]]) -> str:
+    """What a round has come to: the accepted rows, and the places that are furthest from what they are to hold."""
+    short = sorted(((have / n, place, have, n) for place, (have, n) in places.items() if have < n))
+    told = ", ".join(f"{place} {have}/{n}" for _, place, have, n in short[:SHORT])
+    more = f" and {len(short) - SHORT} more" if len(short) > SHORT else ""
+    return f"round {number:02d} ended: {accepted}/{wanted} accepted" + (f"; short: {told}{more}" if told else "")
 
 
 def summary(state: RunState) -> str:
@@ -167,9 +184,12 @@ def render(state: RunState) -> RenderableType:
         stages.add_row(mark, stage.folder, _counts(stage) if stage.state != "waiting" else "")
     good: dict[str, int] = next((stage.places for stage in reversed(state.stages) if stage.places), {})
     places = Table.grid(padding=(0, 2))
-    for place, (have, wanted) in sorted(state.places.items()):
+    thinnest = sorted(state.places.items(), key=lambda item: (item[1][0] / max(item[1][1], 1), item[0]))
+    for place, (have, wanted) in sorted(thinnest[:PLACES]):
         more = f"+ {good[place]} so far" if place in good and have < wanted else ""
         places.add_row("", place, ProgressBar(total=max(wanted, 1), completed=have, width=24), f"{have}/{wanted} {more}")
+    if len(thinnest) > PLACES:
+        places.add_row("", f"and {len(thinnest) - PLACES} that are fuller")
     whole = Table.grid(padding=(0, 2))
     whole.add_row(ProgressBar(total=state.wanted, completed=state.accepted, width=48), f"{state.accepted}/{state.wanted} accepted")
     head = Text.assemble((state.name, "bold"), f"  round {state.round}")

@@ -9,6 +9,7 @@ import yaml
 
 from factory.embed import Embedder, open_embedder
 from factory.errors import StoreError
+from factory.loop import reference_of
 from factory.recipe import Recipe, RecipeLoader
 from factory.records import RunFolder
 from factory.release import release
@@ -41,7 +42,18 @@ def release_run(recipe: Recipe, home: Path, *, force: bool = False, replace: boo
     facts = facts_of(recipe, run, embedder)
     plan = recipe.release.model_copy(update={"earlier": "drop"}) if replace else recipe.release
     datasets = home / DATASETS
-    return release(run, name=recipe.name, plan=plan, datasets=datasets, embed=embed, facts=facts, force=force, despite_alarm=despite_alarm)
+    return release(
+        run,
+        name=recipe.name,
+        plan=plan,
+        datasets=datasets,
+        embed=embed,
+        facts=facts,
+        watch=recipe.watch,
+        reference=reference_of(recipe),
+        force=force,
+        despite_alarm=despite_alarm,
+    )
 
 
 def report_run(recipe: Recipe, home: Path) -> Path:
@@ -49,7 +61,8 @@ def report_run(recipe: Recipe, home: Path) -> Path:
     run = run_of(recipe, home)
     embedder, embed = _embedding(recipe, run)
     path = run.path / "report.html"
-    write_report(path, run, embed, title=recipe.name, facts=facts_of(recipe, run, embedder))
+    facts = facts_of(recipe, run, embedder)
+    write_report(path, run, embed, title=recipe.name, facts=facts, reference=reference_of(recipe))
     return path
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from factory.errors import StoreError
-from factory.places import followed
+from factory.places import PLACES, followed
 from factory.store import FAILURES, SAMPLES, VERDICTS, read_frame, read_json
 
 LAYOUT = 2  # of a run's folder; a folder of another layout is refused, never guessed at
@@ -156,12 +156,14 @@ class RunFolder:
 
     @cached_property
     def places(self) -> pl.DataFrame:
-        """The clusters of every round: `round`, `sample`, `place` (its number, -1: none), `home` (for those the nearest), `name`."""
-        fields = pl.Struct({"cluster": pl.Int64(), "home": pl.Int64(), "name": pl.String()})
+        """The place of each sample in each round, as `factory.places.PLACES`; empty without a coverage stage."""
         said = self.verdicts.filter(pl.col("detail").str.contains('"cluster":', literal=True))
+        if said.is_empty():
+            return PLACES.to_frame()
+        said = said.filter(pl.col("by") == said["by"].max())  # of several coverage stages the last one
+        fields = pl.Struct({"cluster": pl.Int64(), "home": pl.Int64(), "name": pl.String()})
         found = said.select("round", "sample", pl.col("detail").str.json_decode(fields).alias("d")).unnest("d")
-        found = found.with_columns(home=pl.coalesce("home", "cluster"))
-        return followed(found.partition_by("round", maintain_order=True))
+        return followed(found.with_columns(home=pl.coalesce("home", "cluster")).partition_by("round", maintain_order=True))
 
     def homes(self, upto: int) -> dict[str, str]:
         """The cluster in which each sample is at home after round `upto`: the number of one that coverage follows from round to round."""

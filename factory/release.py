@@ -26,7 +26,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import polars as pl
-import yaml
 from pydantic import ValidationError
 
 from factory import prices
@@ -34,12 +33,13 @@ from factory.errors import AlreadyReleased, ReleaseError, StoreError
 from factory.masks import MaskedRun, Span, all_spans, masked
 from factory.places import matched
 from factory.records import TARGET, RunFolder
+from factory.refusal import refusal_pattern
 from factory.report import write_report
 from factory.splits import ACROSS, BLOCK, MARGIN, NEAR, assign, near_groups, nearest, normalised
 from factory.stage import Vectors
 from factory.store import SAMPLES, read_json, samples_frame, samples_of, write_bytes, write_frame, write_json
 from factory.terms import terms_of
-from factory.watch import depths
+from factory.watch import Alarm, alarms_of_versions, depths, look_at_version
 from schemas.canonical import content_hash
 from schemas.manifest import (
     MANIFEST_FORMAT,
@@ -62,6 +62,7 @@ from schemas.manifest import (
 )
 from schemas.recipe import ReleasePlan
 from schemas.sample import Provenance, Sample
+from schemas.watch import Watch
 
 Embed = Callable[[Sequence[str]], Vectors]
 
@@ -142,22 +143,24 @@ def release(
     datasets: Path,
     embed: Embed,
     facts: ReleaseFacts,
+    watch: Watch | None = None,
+    reference: pl.DataFrame | None = None,
     force: bool = False,
     despite_alarm: bool = False,
 ) -> Path:
     """Make the next version of `name` from what `run` accepted and what the last version holds, and return its folder.
 
     The folder appears by a rename once it is whole and its leak check has passed; its files are read-only. What verdicts want
-    masked is masked in every file; a row keeps its id, by which the run's folder holds it unmasked. ReleaseError
-    where there is nothing to release, where the share of real rows can't be met, where a split would leak, (without
-    `despite_alarm`) where an alarm ended the run, or (without `force`) where the last version holds exactly these rows;
-    StoreError where an earlier version was changed by hand.
+    masked is masked in every file; a row keeps its id, by which the run's folder holds it unmasked. ReleaseError where there is nothing
+    to release, where the share of real rows can't be met, where a split would leak, (without `despite_alarm`) where an alarm ended the
+    run or this version crosses a threshold of `watch`, or (without `force`) where the last version holds exactly these rows; StoreError
+    where an earlier version was changed by hand.
     """
     if run.status.get("status") == "alarm" and not despite_alarm:
         raise ReleaseError(
             str(run.status.get("reason") or "an alarm ended this run"),
             where=str(run.path),
-            next="Look at the rows (gristmill report), mend the recipe, or release all the same with --despite-alarm",
+            next=_DESPITE,
         )
     home = datasets / name
     versions = [_earlier(path) for path in _version_folders(home)]
@@ -175,12 +178,16 @@ def release(
         lineage = _lineage(public, cut.rows, versions, number)
         write_frame(part / "lineage.parquet", lineage)
         check = _leak_check(part, run, versions, embed)
+        raised = _alarms(part, home / f"v{number - 1}" if versions else None, watch, embed)
+        if (stopping := [alarm.sentence for alarm in raised if alarm.stops]) and not despite_alarm:
+            raise ReleaseError(" ".join(stopping), where=str(run.path), next=_DESPITE)
         manifest = _manifest(public, plan, facts, cut, lineage, check, versions, name=name)
+        manifest = manifest.model_copy(update={"alarms": tuple(dict.fromkeys((*manifest.alarms, *(alarm.sentence for alarm in raised))))})
         audit = {"masked": _masking(lineage), "safety": _safety(public, cut.rows, lineage), "recipe": public.told(manifest.recipe)}
         manifest = manifest.model_copy(update=audit)
         write_bytes(part / "README.md", _card(manifest).encode())
         splits = dict(lineage.select("id", "split").iter_rows())
-        varied = write_report(part / "report.html", public, embed, title=manifest.title, facts=facts, splits=splits)
+        varied = write_report(part / "report.html", public, embed, title=manifest.title, facts=facts, splits=splits, reference=reference)
         rows = {f"{split}.jsonl": manifest.counts.split[split] for split in SPLITS} | {"lineage.parquet": lineage.height}
         files = {path.name: _file_facts(path, rows.get(path.name)) for path in sorted(part.iterdir())}
         manifest = manifest.model_copy(update={"files": files, "diversity": varied})
@@ -189,6 +196,17 @@ def release(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+_DESPITE = "Look at the rows (gristmill report), mend the recipe, or release all the same with --despite-alarm"
+
+
+def _alarms(part: Path, previous: Path | None, watch: Watch | None, embed: Embed) -> tuple[Alarm, ...]:
+    """What the watch says of a version's files, against those of the version before."""
+    if watch is None:
+        return ()
+    before = None if previous is None else look_at_version(previous, embed)
+    return alarms_of_versions(before, look_at_version(part, embed), watch)
 
 
 def open_version(folder: Path) -> Manifest:
@@ -773,7 +791,7 @@ def _safety(public: MaskedRun, rows: pl.DataFrame, lineage: pl.DataFrame) -> Saf
         if "bias" in told:
             swapped, changed = swapped + 1, changed + bool(told["bias"]["changed"])
     reports = [report for stage in public.stages if (report := stage.get("reports", {}).get("seeds")) and "with" in report]
-    refuses = pl.col("output").str.contains(_refusal())
+    refuses = pl.col("output").str.contains(refusal_pattern())
     says = pl.any_horizontal(pl.col("label", "axes", "meta").fill_null("").str.contains(r"(?i)\bsafety\b"))
     audited = rows.drop("audit").join(lineage.select("id", "audit"), on="id")
     marked = {mark: pl.col("audit").list.contains(mark) for mark in (LOOKED, WAITING, HAZARD)}
@@ -789,13 +807,6 @@ def _safety(public: MaskedRun, rows: pl.DataFrame, lineage: pl.DataFrame) -> Saf
         refusals=rows.filter(refuses).height,
         safety_examples=audited.filter(says | (marked[HAZARD] & refuses)).height,
     )
-
-
-def _refusal() -> str:
-    """The patterns by which the `rules` filter knows a refusal: read as data, since filters stand above the engine."""
-    form = yaml.safe_load((Path(__file__).parents[1] / "filters" / "data" / "form.yaml").read_text(encoding="utf-8"))
-    patterns = [rule if isinstance(rule, str) else rule["find"] for rule in form["refusal"]["both"]]  # with or without its gate
-    return "(?i)" + "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
 def _versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from factory.diversity import FIGURES, diversity, hash_order
 from factory.judging import measured
 from factory.records import TARGET, RunFolder
+from factory.report_loop import loop_of
 from factory.stage import Vectors
 from factory.store import write_bytes
 from schemas.canonical import content_hash
@@ -28,7 +29,7 @@ from schemas.manifest import ReleaseFacts
 
 Embed = Callable[[Sequence[str]], Vectors]
 
-DRAWN = 3_000  # samples on the map and in the browser: t-SNE takes 10 s for as many, and a page of them stays near 2 MB
+DRAWN = 3_000  # samples on the map and in the browser: t-SNE takes 14 s for as many, and a page of them stays near 2 MB
 PAYLOAD_BYTES = 4_500_000  # of the samples' JSON; with the rest of the page this stays under 6 MB
 EXAMPLES = 3
 PAIRS = 4
@@ -52,11 +53,19 @@ _DATA = Path(__file__).parent / "data"
 
 
 def write_report(
-    path: Path, run: RunFolder, embed: Embed, *, title: str, facts: ReleaseFacts, splits: Mapping[str, str] | None = None
+    path: Path,
+    run: RunFolder,
+    embed: Embed,
+    *,
+    title: str,
+    facts: ReleaseFacts,
+    splits: Mapping[str, str] | None = None,
+    reference: pl.DataFrame | None = None,
 ) -> dict[str, float]:
     """Write the report of `run` to `path`: one file of HTML under 6 MB that asks nothing of any network.
 
-    `splits` are those of a version (id to split). Every text is escaped, and the page's own policy lets no other script run.
+    `splits` are those of a version (id to split). `reference`: the real inputs that the target follows, as `SAMPLES`; none of their texts
+    is shown. Every text is escaped, and the page's own policy lets no other script run.
     More than 3,000 samples: the map and the browser show that many, all real rows among them; every count is of all.
     Gives the figures of diversity of all accepted rows, as the page has them.
     """
@@ -65,7 +74,7 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_DATA), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(n=_count, usd=_usd, span=_span, score=_score, clip=_clip, plain=_plain)
+    environment.filters.update(n=_count, usd=_usd, span=_span, score=_score, clip=_clip, plain=_plain, percent=_percent, figures=_figures)
     drawn = _drawn(samples)
     varied = _diversity(samples, embed)
     page = environment.get_template("report.html.j2").render(
@@ -78,6 +87,7 @@ def write_report(
         head=_head(run, samples, facts),
         asking=[row for row in run.funnel() if row.kind == "generator" or row.asked],
         funnel=_funnel(run, samples),
+        the_loop=loop_of(run, samples, embed, reference),
         places=_places(run, samples, facts),
         axes=_axes(samples),
         clusters=_clusters(run, samples),
@@ -487,9 +497,11 @@ def _layout(vectors: Vectors) -> NDArray[np.float64]:
         return np.stack([np.arange(n) / max(1, n - 1), np.full(n, 0.5)], axis=1)
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    vectors = PCA(min(50, *vectors.shape), random_state=0).fit_transform(vectors)
-    places = TSNE(perplexity=min(30, (n - 1) / 3), random_state=0).fit_transform(vectors).astype(np.float64)
+    with threadpool_limits(1):  # threads that wait for a core which others have make 300 rows take 28 s instead of one
+        vectors = PCA(min(50, *vectors.shape), random_state=0).fit_transform(vectors)
+        places = TSNE(perplexity=min(30, (n - 1) / 3), random_state=0).fit_transform(vectors).astype(np.float64)
     low, high = places.min(axis=0), places.max(axis=0)
     square: NDArray[np.float64] = (places - low) / np.maximum(high - low, 1e-9)
     return square
@@ -542,7 +554,7 @@ def _usd(micro_usd: float | None) -> str:
     if micro_usd is None:
         return "unknown"
     usd = micro_usd / 1_000_000
-    return f"${usd:,.2f}" if usd >= 1 or usd == 0 else f"${usd:.2g}" if usd < 0.001 else f"${usd:.4f}"
+    return f"${usd:,.2f}" if usd >= 1 or usd == 0 else f"${float(f'{usd:.2g}'):.10f}".rstrip("0") if usd < 0.001 else f"${usd:.4f}"
 
 
 def _span(seconds: float | None) -> str:
@@ -555,6 +567,15 @@ def _span(seconds: float | None) -> str:
 
 def _score(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}%" if 0 < share < 0.1 else f"{100 * share:.0f}%"
+
+
+def _figures(value: float | None) -> str:
+    """Three figures that count: 0.0123, 1.23, 12,300."""
+    return "–" if value is None else f"{float(f'{value:.3g}'):,.10g}"
 
 
 def _clip(text: str, limit: int = 400) -> str:

@@ -27,11 +27,10 @@ from factory.chain import BUDGET_SPENT, Stages, Tally, World
 from factory.errors import RunError, RunLocked
 from factory.gateway import Gateway
 from factory.ledger import Ledger, open_ledger
-from factory.loop import Standing, check_target, choose, counted, standing, view
-from factory.progress import RunState, shown
+from factory.loop import Standing, check_target, choose, counted, reference_of, standing, view
+from factory.progress import RunState, round_line, shown
 from factory.recipe import Recipe, StageLine
 from factory.records import LAYOUT, TARGET, RunFolder
-from factory.rows import read_samples
 from factory.stage import Filter, Generator, check_filters
 from factory.store import (
     QUALITY,
@@ -119,12 +118,14 @@ class Mill:
         while True:
             at = self.at = standing(self.recipe, RunFolder(self.folder), seeds, number)
             self.state.accepted, self.state.places, self.stages.count = at.accepted, view(at), partial(counted, at)
+            if number > 1:
+                self.state.told.append(round_line(number - 1, at.accepted, at.grid.accepted, self.state.places))
             now = at.accepted, -sum(at.lacking.values())
             idle = 0 if number == 1 or max(now[0] - before[0], now[1] - before[1]) > 0 else idle + 1
             before = now
             if self.last is None and (stopping := [alarm for alarm in self._alarms(at) if alarm.stops and alarm.round == number - 1]):
                 return "alarm", " ".join(alarm.sentence for alarm in stopping)
-            if not at.lacking:
+            if not at.lacking or (at.met and at.plenty):
                 return "done", ""
             if not (self.folder / f"round-{number:02d}" / TARGET / "stage.json").exists():
                 if (why := self._over(at, idle)) is not None:
@@ -164,7 +165,8 @@ class Mill:
         """
         record = RunFolder(self.folder)
         last = max((stage["round"] for stage in record.stages if stage["stage"] == TARGET), default=0)
-        met = bool(last) and not standing(self.recipe, record, record.of_fate("real"), last + 1).lacking
+        at = standing(self.recipe, record, record.of_fate("real"), last + 1) if last else None
+        met = at is not None and (not at.lacking or (at.met and at.plenty))
         whole = list(record.stage_folders())
         cut = [
             i
@@ -222,7 +224,8 @@ class Mill:
             return
         ranking = [line.folder for line in self.recipe.stages if isinstance(line.stage, Filter) and line.stage.ranks]
         record = RunFolder(self.folder)
-        good = pl.concat([before.good, new]).sort("id")
+        turned_down = record.fates.filter(pl.col("fate") == "rejected")  # a filter of the pool may have changed its mind about old rows
+        good = pl.concat([before.good, new]).join(turned_down, on="id", how="anti").sort("id")
         at = standing(self.recipe, record, record.of_fate("real"), number + 1, good=good)
         quality = rounds.quality_of(good, record.verdicts, ranking)
         verdicts = choose(at, quality, record.of_fate("real"), self.stages.embed)
@@ -247,8 +250,7 @@ class Mill:
     @cached_property
     def reference(self) -> pl.DataFrame:
         """The real inputs whose distribution the target follows; none where it follows none."""
-        path = self.recipe.target.reference
-        return SAMPLES.to_frame() if path is None else read_samples(path)
+        return reference_of(self.recipe)
 
     def _write_status(self, status: str, reason: str) -> None:
         record = RunFolder(self.folder)

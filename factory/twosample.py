@@ -56,9 +56,9 @@ def mmd(a: Vectors, b: Vectors) -> Mmd | None:
 def auc(a: Vectors, b: Vectors) -> float | None:
     """How well a classifier tells two sets of unit vectors apart: 0.5 is not at all, 1 always (Lopez-Paz & Oquab 2017, C2ST).
 
-    The area under the ROC curve of a logistic regression on rows that it was not fitted on: the mean over 5 folds, weighed by pairs. Below
-    0.5 is chance. Equal vectors are in the same fold, so copies in both sets are not held against each other; sets weigh alike,
-    whatever their sizes. None with fewer than 10 rows in either, or where no fold holds rows of both.
+    The area under the ROC curve of a logistic regression on rows that it was not fitted on: the mean over 5 folds, weighed by pairs.
+    Below 0.5 is chance. Equal vectors are in the same fold, so copies in both sets are not held against each other. None with fewer than
+    10 rows in either, or where no fold holds rows of both.
 
     Of more than 2,000 rows of a set so many, evenly spaced in the order of their bytes. The result does not depend on the order of rows.
     """
@@ -78,7 +78,7 @@ def auc(a: Vectors, b: Vectors) -> float | None:
             kinds = second[inside].sum(), (~second[inside]).sum()
             if not min(kinds) or len(np.unique(second[~inside])) < 2:
                 continue
-            model = LogisticRegression(class_weight="balanced", max_iter=1_000).fit(rows[~inside], second[~inside])
+            model = LogisticRegression(max_iter=1_000).fit(rows[~inside], second[~inside])
             areas.append(roc_auc_score(second[inside], model.decision_function(rows[inside])))
             weights.append(int(kinds[0]) * int(kinds[1]))
     return float(np.average(areas, weights=weights)) if areas else None

@@ -22,15 +22,17 @@ from factory.diversity import FIGURES, hash_order, of_distances, vendi
 from factory.records import TARGET
 from factory.rows import read_samples
 from factory.stage import Vectors
+from factory.store import SAMPLES
 from factory.words import flat, words
+from schemas.manifest import SPLITS
 from schemas.watch import Watch
 
 Embed = Callable[[Sequence[str]], Vectors]
 Figures = dict[str, Any]
 
-LEAST = 20  # rows on either side: with fewer, halves of one set differ by as much as a collapse does
-WINDOW = 60  # accepted rows that make up "the first rounds", and "the newest rounds"
-MOST = 640  # rows that are drawn for a figure, so that a round of a large run costs what one of a small run does
+LEAST = 40  # rows on either side: with fewer, halves of one set differ by as much as a collapse does
+IN_CELL = 3  # rows of a cell, from which on it has a variety of its own
+MOST = 400  # rows that are drawn for a figure, so that a round of a large run costs what one of a small run does
 NEIGHBOURS = 5  # as in the figures of coverage and density
 OUTER = 0.2  # of real rows are its tail: of 40 seeds a tenth would be 4, and hang on a single odd one
 TAIL_REAL, TAIL_MADE = 30, 100  # rows that the tail wants: with fewer, one healthy set in some hundreds has nothing in it
@@ -40,7 +42,10 @@ MADE_LEAST = 20  # samples of a teacher in a round, before it is said that it re
 DUPLICATE = r"duplicate$"  # how reasons of verdicts end that say "this was there before"
 REPEAT = "repeat"  # the reason of a failure whose content was made before
 
-COMPARED = ("novelsum", "distinct_1_in_100", "distinct_2_in_100")  # what a drop of variety is read from
+COMPARED: Mapping[str, str] = {  # what a drop of variety is read from, and what it is called
+    "novelsum_within": "NovelSum within a place",
+    **{name: FIGURES[name][0] for name in ("novelsum", "distinct_1_in_100", "distinct_2_in_100")},
+}
 STOPS: Mapping[str, bool] = {  # whether to go on makes it worse; what later rounds can mend warns
     "real_at_least": True,
     "depth_at_most": True,
@@ -139,44 +144,55 @@ def look(
     teacher, teacher_share          who made most of the accepted rows, and what share
     herfindahl                      the sum of squared shares of teachers (Herfindahl 1950): 1 is one teacher alone, 1/n that n made alike
     tail                            share of accepted rows in the real rows' outer part (`tail_mass`)
-    varied                          accepted rows: figures of 20, 40, 80 … 640 of them, drawn by a hash, for comparison with other versions
+    varied                          accepted rows: figures of 40, 80, 160 … of them, for comparison with other versions
+    varied_within                   accepted rows: `novelsum_within` of 4, 8, 16 … rows of each label
     first, newest                   early rows and rows of the newest rounds: `rounds`, `rows`, and figures of variety (below)
     teachers                        of this round, by name: samples `made`, `duplicates` among them, and how many were `good`
 
-    Figures of variety change with the number of rows and with what was asked for: real rows of a single label are 9% to 49% less varied
-    than those of all ten (NovelSum, the bank's intents), and late rounds often fill a single one. So `first` and `newest` are of
-    equally many rows of each cell: those of the newest rounds, which are as many as hold 60 accepted rows (half of all where there are
-    not 120), and in each cell the earliest rows before. Where that makes less than 20 of each, nothing is said. A teacher's duplicates are
-    what filters rejected as such and what had been made word for word before; `good` passed every filter.
+    Figures of variety are NovelSum, the distance to the nearest, the Vendi score and distinct words and pairs (`factory/diversity.py`), and
+    `novelsum_within`: NovelSum among the rows of one cell, in the mean over rows of cells that have three. It falls first where labels
+    keep the whole apart: when every label is told in two ways, it halves, while NovelSum falls by a seventh.
+
+    They change with the number of rows and with what was asked for: real rows of a single label are 9% to 49% less varied than those of
+    all ten (NovelSum, the bank's intents), and late rounds often fill a single one. So `first` and `newest` are of equally many rows of
+    each cell: those of the newest rounds, which are as many as hold 40 accepted rows, and in each cell the earliest rows before. Where
+    that makes less than 40 of each, nothing is said. Draws are by a hash, of 400 rows at most.
+
+    A teacher's duplicates are what filters rejected as such and what had been made word for word before; `good` passed every filter.
     """
     ids = pl.Series(accepted, dtype=pl.String).implode()
     samples = samples.filter(pl.col("round") <= number)
     rows = samples.filter(pl.col("id").is_in(ids) & (pl.col("origin") == "made"))
     real = samples.filter((pl.col("origin") == "real") & ~pl.col("holdout"))
-    figures = {"round": number, **_of_dataset(rows, real, samples, embed, reference)}
+    figures = {"round": number, **_of_dataset(rows, real, depths(samples), embed, reference)}
     figures |= _first_and_newest(rows, cells, embed)
     figures["teachers"] = _teachers(samples, verdicts, failures, number)
     return figures
 
 
 def look_at_version(folder: Path, embed: Embed) -> Figures:
-    """The figures of a released version's rows, as `look` has them, without those of rounds. Variety and tail are of its made rows."""
-    lineage = pl.read_parquet(folder / "lineage.parquet", columns=["id", "origin", "parents", "teacher", "meta"])
-    texts = read_samples(folder).select("input", "output", "label", id=pl.col("meta").str.json_path_match("$.id"))
-    rows = lineage.join(texts, on="id", maintain_order="left")
-    made = rows.filter(pl.col("origin") == "made")
-    return _of_dataset(made, rows.filter(pl.col("origin") == "real"), rows, embed, None)
+    """The figures of a released version's rows, as `look` has them, without those of rounds. Variety and tail are of its made rows.
+
+    Depth is that of its lineage; a version of an earlier Gristmill does not tell it, and it is counted from the rows that are there.
+    """
+    lineage = pl.read_parquet(folder / "lineage.parquet")
+    deep = lineage.select("id", "depth") if "depth" in lineage.columns else depths(lineage)
+    files = [path for split in SPLITS if (path := folder / f"{split}.jsonl").exists() and path.stat().st_size]
+    texts = pl.concat([SAMPLES.to_frame(), *map(read_samples, files)])  # not as a version: it may be on its way to become one
+    texts = texts.select("input", "output", id=pl.col("meta").str.json_path_match("$.id"))
+    rows = lineage.select("id", "origin", "parents", "teacher", "label").join(texts, on="id", maintain_order="left")
+    made, real = (rows.filter(pl.col("origin") == origin) for origin in ("made", "real"))
+    return _of_dataset(made, real, deep, embed, None)
 
 
-def _of_dataset(made: pl.DataFrame, real: pl.DataFrame, every: pl.DataFrame, embed: Embed, reference: pl.DataFrame | None) -> Figures:
-    deep = depths(every)
+def _of_dataset(made: pl.DataFrame, real: pl.DataFrame, deep: pl.DataFrame, embed: Embed, reference: pl.DataFrame | None) -> Figures:
     truly = real.join(deep.filter(pl.col("depth") == 0), on="id", how="semi")
     total = made.height + real.height
     figures: Figures = {"accepted": made.height, "real": truly.height, "real_share": truly.height / total if total else None}
     if made.height:
         figures |= _descent(made, deep) | _concentration(made["teacher"])
     figures["tail"] = tail_mass(made, truly if reference is None else reference, embed)
-    figures["varied"] = _draws(made, embed)
+    figures["varied"], figures["varied_within"] = _draws(made, embed), _draws_within(made, embed)
     return {name: value for name, value in figures.items() if value is not None}
 
 
@@ -208,7 +224,7 @@ def tail_mass(made: pl.DataFrame, real: pl.DataFrame, embed: Embed) -> float | N
     collapse loses first is what was rare. It does not see rows that are few things told many ways, nor noise, which lies outside as
     well; variety sees those. The fifth neighbour and not the nearest: a rewritten real row lies close to that one, wherever it lies.
 
-    None with fewer than 30 different real or 100 made rows. At most 640 made and 2,000 real rows are looked at, drawn by a hash.
+    None with fewer than 30 different real or 100 made rows. At most 400 made and 2,000 real rows are looked at, drawn by a hash.
     """
     made, real = _drawn(made).head(MOST), _drawn(real).unique("text", keep="first", maintain_order=True).head(TAIL_MOST)
     if real.height < TAIL_REAL or made.height < TAIL_MADE:
@@ -241,16 +257,27 @@ def _drawn(rows: pl.DataFrame) -> pl.DataFrame:
     return rows[hash_order(rows["text"].to_list())]
 
 
-def _variety(texts: list[str], embed: Embed) -> Figures:
-    """Figures that can be compared over equally many texts."""
+def _variety(texts: list[str], embed: Embed, cells: pl.Series | None = None) -> Figures:
+    """Figures that can be compared over equally many texts, and over equally many of each cell."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     vectors = embed(texts)
     with threadpool_limits(1):  # threads that wait for a core which a teacher has make this twenty times slower
         of_meaning: dict[str, float | None] = {**of_distances(vectors), "vendi": vendi(vectors)}
+        if cells is not None:
+            of_meaning["novelsum_within"] = _novelsum_within(vectors, cells)
     found = words(flat(texts))
     figures = of_meaning | {f"distinct_{n}_in_100": ngrams.distinct_in(ngrams.grams(*found, n), 100) for n in (1, 2)}
     return {name: value for name, value in figures.items() if value is not None}
+
+
+def _novelsum_within(vectors: Vectors, cells: pl.Series) -> float | None:
+    places = pl.DataFrame({"cell": cells, "row": np.arange(len(cells))}).group_by("cell").agg("row").sort("cell")["row"]
+    large = [rows.to_numpy() for rows in places if len(rows) >= IN_CELL]
+    sizes = [len(rows) for rows in large]
+    if len(places) < 2 or sum(sizes) < LEAST:  # of one cell it is NovelSum
+        return None
+    return float(np.average([of_distances(vectors[rows])["novelsum"] for rows in large], weights=sizes))
 
 
 def _draws(rows: pl.DataFrame, embed: Embed) -> Figures:
@@ -259,14 +286,25 @@ def _draws(rows: pl.DataFrame, embed: Embed) -> Figures:
     return {str(size): _variety(texts[:size], embed) for size in sizes}
 
 
+def _draws_within(rows: pl.DataFrame, embed: Embed) -> Figures:
+    drawn = _drawn(rows.with_columns(cell=pl.col("label").fill_null(""))).with_columns(turn=pl.int_range(pl.len()).over("cell"))
+    found: Figures = {}
+    for size in (4 * 2**step for step in range(20)):
+        whole = drawn.filter((pl.len().over("cell") >= size) & (pl.col("turn") < size))
+        if whole.is_empty() or whole.height > MOST:
+            break
+        value = _novelsum_within(embed(whole["text"].to_list()), whole["cell"])
+        found |= {str(size): {"novelsum_within": value}} if value is not None else {}
+    return found
+
+
 def _first_and_newest(rows: pl.DataFrame, cells: pl.DataFrame | None, embed: Embed) -> Figures:
     counts = rows.group_by("round").len().sort("round")
     numbers, sizes = counts["round"].to_list(), counts["len"].to_numpy()
-    window = min(WINDOW, rows.height // 2)
-    first = int(np.searchsorted(np.cumsum(sizes), window)) + 1  # so many rounds
-    if window < LEAST or first >= len(numbers):
+    first, last = (int(np.searchsorted(np.cumsum(of), LEAST)) + 1 for of in (sizes, sizes[::-1]))  # so many rounds hold enough
+    if first + last > len(numbers):
         return {}
-    since = numbers[max(first, len(numbers) - 1 - int(np.searchsorted(np.cumsum(sizes[::-1]), window)))]
+    since = numbers[-last]
     placed = rows.with_columns(cell="label") if cells is None else rows.join(cells.select("id", "cell"), on="id", how="left")
     placed = _drawn(placed.with_columns(pl.col("cell").fill_null(""))).select("round", "cell", "text")
     turn = pl.int_range(pl.len()).over("cell")
@@ -279,7 +317,7 @@ def _first_and_newest(rows: pl.DataFrame, cells: pl.DataFrame | None, embed: Emb
         name: {
             "rounds": pairs[number].sort()[[0, -1]].to_list(),
             "rows": pairs.height,
-            **_variety(pairs[text].to_list(), embed),
+            **_variety(pairs[text].to_list(), embed, pairs["cell"]),
         }
         for name, number, text in (("first", "round", "text"), ("newest", "round_right", "text_right"))
     }
@@ -312,7 +350,8 @@ def alarms(figures_by_round: Sequence[Mapping[str, Any]], watch: Watch) -> tuple
         if "first" in figures:
             first, newest = figures["first"], figures["newest"]
             who, before = f"The accepted rows of {_rounds(newest)}", _rounds(first)
-            raised += _drop(newest, first, newest["rows"], watch, number, who, f"in {before}", "Stop, look at them, mix in real rows")
+            rows = f"{newest['rows']} rows each"
+            raised += _drop(newest, first, rows, watch, number, who, f"in {before}", "Stop, look at them, mix in real rows")
         raised += _repeating(figures.get("teachers", {}), watch, number)
     return tuple(raised)
 
@@ -322,14 +361,14 @@ def alarms_of_versions(previous: Mapping[str, Any] | None, figures: Mapping[str,
 
     Variety is compared over the largest draw that both have, whatever the labels: those are the version's own.
     """
-    raised = _common(figures, watch, None)
-    shared = (previous or {}).get("varied", {}).keys() & figures.get("varied", {}).keys()
-    if previous and shared:
-        size = max(shared, key=int)
-        now, before = figures["varied"][size], previous["varied"][size]
-        mend = "Look at the rows that are new, mix in real rows"
-        raised += _drop(now, before, int(size), watch, None, "The made rows of this version", "in the version before", mend)
-    return tuple(raised)
+    drops: list[Alarm] = []
+    for of, rows in (("varied", "{} rows each"), ("varied_within", "{} rows of each label")):
+        drawn, drawn_before = figures.get(of, {}), (previous or {}).get(of, {})
+        if shared := drawn.keys() & drawn_before.keys():
+            size = max(shared, key=int)
+            who, mend = "The made rows of this version", "Look at the rows that are new, mix in real rows"
+            drops += _drop(drawn[size], drawn_before[size], rows.format(size), watch, None, who, "in the version before", mend)
+    return (*_common(figures, watch, None), *sorted(drops, key=lambda alarm: -alarm.value)[:1])
 
 
 def _common(figures: Mapping[str, Any], watch: Watch, number: int | None) -> list[Alarm]:
@@ -369,7 +408,7 @@ def _common(figures: Mapping[str, Any], watch: Watch, number: int | None) -> lis
 
 
 def _drop(
-    now: Mapping[str, Any], before: Mapping[str, Any], rows: int, watch: Watch, number: int | None, who: str, when: str, mend: str
+    now: Mapping[str, Any], before: Mapping[str, Any], rows: str, watch: Watch, number: int | None, who: str, when: str, mend: str
 ) -> list[Alarm]:
     most = watch.diversity_drop_at_most
     drops = {name: 1 - now[name] / before[name] for name in COMPARED if name in now and before.get(name)}
@@ -379,7 +418,7 @@ def _drop(
     if (drop := drops[name]) <= most:
         return []
     sentence = (
-        f"{who} are {_percent(drop, most)} less varied ({FIGURES[name][0]} {now[name]:.2f}, {before[name]:.2f} {when}; {rows} rows each). "
+        f"{who} are {_percent(drop, most)} less varied ({COMPARED[name]} {now[name]:.2f}, {before[name]:.2f} {when}; {rows}). "
         f"{mend}, or raise watch.diversity_drop_at_most ({most:g})."
     )
     return [_alarm("diversity_drop_at_most", number, drop, most, sentence)]

@@ -165,14 +165,13 @@ class Coverage(Filter):
             return _largest_first(ward(vectors[first], n)[which]), told
         labels = self._by_density(vectors[first])
         if (labels >= 0).any() or different > WARD_MOST:
-            return _largest_first(
-                labels[which]
-            ), "UMAP, then HDBSCAN" if n == different else f"UMAP, then HDBSCAN, of {different} different rows"
+            told = "UMAP, then HDBSCAN" + (f", of {different} different rows" if n > different else "")
+            return _largest_first(labels[which]), told
         return _largest_first(ward(vectors[first], n)[which]), f"Ward's method: HDBSCAN found no cluster in {different} rows"
 
     def _by_density(self, vectors: Vectors) -> Labels:
         n = len(vectors)
-        # min_dist 0 packs dense places, which is what HDBSCAN wants. The same seed in every round, so that the clusters of a reference stay;
+        # min_dist 0 packs dense places, which is what HDBSCAN wants. One seed for all rounds, so that the clusters of a reference stay;
         # one job, since with a seed UMAP is deterministic only so.
         places = {"n_components": 5, "n_neighbors": 15, "min_dist": 0.0, "metric": "cosine", "random_state": 0, "n_jobs": 1} | self.umap
         if places["metric"] == "cosine" and isinstance(k := places["n_neighbors"], int) and 1 < k < n:
@@ -181,8 +180,8 @@ class Coverage(Filter):
         # One sample: more smoothing merged half of the banking messages into one cluster, and called more of them noise.
         density = {"min_cluster_size": max(5, round(n**0.5 / 2)), "min_samples": 1}
         with warnings.catch_warnings():
-            # Told to users of UMAP, not of a dataset: a graph in several pieces, a spectral start that fell back to a random one, neighbours
-            # that new rows could not be placed by.
+            # Told to users of UMAP, not of a dataset: a graph in several pieces, a spectral start that fell back to a random one, and that
+            # new rows can't be placed by these neighbours.
             warnings.simplefilter("ignore")
             import hdbscan
 

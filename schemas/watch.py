@@ -25,7 +25,7 @@ class Watch(BaseModel):
         gt=0,
         lt=1,
         description="by how much the newest rows may be less varied than those of the first rounds, or a version than the last one, in "
-        "NovelSum, distinct words or distinct pairs; 0.3 is 30%; stops",
+        "NovelSum (of all, or within each place), distinct words or distinct pairs; 0.3 is 30%; stops",
     )
     tail_at_least: float | None = Field(
         0.02, gt=0, lt=1, description="share of the accepted rows that lie where the outermost fifth of real rows lie; stops"

@@ -104,7 +104,7 @@ def test_the_filters_of_the_page_on_filters_load(tmp_path: Path, monkeypatch: py
     from factory.stage import Filter
 
     known = {key for key in plugins.names(plugins.STAGES) if issubclass(plugins.stage_class(key), Filter)}
-    assert loaded == known - {"exact", "near", "semantic", "fits", "coverage", "logprob"}  # these are in docs/guide.md
+    assert loaded == known - {"exact", "near", "semantic", "fits", "confident", "coverage", "logprob"}  # these are in docs/guide.md
 
 
 def test_the_faults_that_filters_catch_are_those_that_were_measured() -> None:
@@ -118,3 +118,22 @@ def test_the_faults_that_filters_catch_are_those_that_were_measured() -> None:
     results = json.loads((ROOT / "bench" / "results" / "faults.json").read_text())
     assert module.page(text, results) == text, "run: python docs/faults.py"
     assert len(results["faults"]) >= 20
+
+
+def test_what_the_loop_is_worth_is_what_was_measured() -> None:
+    import json
+
+    spec = importlib.util.spec_from_file_location("loop", ROOT / "docs" / "loop.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs" / "loop.md").read_text()
+    results = json.loads((ROOT / "bench" / "results" / "loop.json").read_text())
+    assert module.page(text, results) == text, "run: python docs/loop.py"
+    assert module.picture(results) == (ROOT / "docs" / "loop.svg").read_text()
+    embedded, noisy = results["embedded"], results["noisy"]
+    assert {len(embedded["runs"]), len(noisy["runs"])} == {5}
+    for name in ("balance", "cluster_entropy"):
+        assert embedded["differences"][name]["low"] > 0, f"the loop does not win on {name}"
+    assert embedded["differences"]["probe"]["high"] > 0
+    assert noisy["differences"]["loop_against_clean"]["mean"] > -0.02

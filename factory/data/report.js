@@ -27,6 +27,8 @@
   const offered = ways.filter(([name]) => name === "fate" || data[name].names.length > 1);
   let way = offered[0][0];
   let single = null; // the category that is singled out, as an index; null: all
+  let upto = Infinity; // the last round whose samples are shown
+  const there = (i) => data.round[i] <= upto;
   const colourOf = (index) => {
     const palette = dark.matches ? DARK : LIGHT;
     if (way === "fate") return fateColour()[data.fate.names[index]];
@@ -74,13 +76,14 @@
     pen.clearRect(0, 0, width, height);
     const r = (count > 1500 ? 3 : count > 500 ? 3.8 : 4.6) * Math.min(1.6, Math.sqrt(view.scale));
     for (const i of order) {
+      if (!there(i)) continue;
       const out = single !== null && data[way].of[i] !== single;
       dot(i, r, out ? 0.1 : value("fate", i) === "rejected" ? 0.55 : 0.92);
     }
     pen.globalAlpha = 1;
     if (way === "label" || way === "cluster") names();
     for (const i of [pinned, hovered]) {
-      if (i < 0) continue;
+      if (i < 0 || !there(i)) continue;
       const [x, y] = place(i);
       pen.globalAlpha = 1; pen.strokeStyle = theme("--ink"); pen.lineWidth = 2;
       pen.beginPath(); pen.arc(x, y, r + 5, 0, 2 * Math.PI); pen.stroke();
@@ -107,7 +110,7 @@
     pen.textAlign = "center"; pen.textBaseline = "middle"; pen.lineJoin = "round";
     anchor(way).forEach((crowd, category) => {
       if (!crowd.length || category >= LIGHT.length || (single !== null && single !== category)) return;
-      if (data[way].names[category] === "unclustered") return;
+      if (data[way].names[category] === "unclustered" || !crowd.some(there)) return;
       const lines = wrap(plain(data[way].names[category]));
       const half = Math.max(...lines.map((line) => pen.measureText(line).width)) / 2 + 4, tall = lines.length * 15;
       const spots = crowd.map(place), top = Math.min(...spots.map((spot) => spot[1])), bottom = Math.max(...spots.map((spot) => spot[1]));
@@ -145,7 +148,7 @@
   const nearest = (x, y) => {
     let best = -1, least = 14 * 14;
     for (let i = 0; i < count; i++) {
-      if (single !== null && data[way].of[i] !== single) continue;
+      if (!there(i) || (single !== null && data[way].of[i] !== single)) continue;
       const [px, py] = place(i), far = (px - x) ** 2 + (py - y) ** 2;
       if (far < least) [least, best] = [far, i];
     }
@@ -203,7 +206,7 @@
   // -- legend and switch -----------------------------------------------------------------------------------------------
   const legend = () => {
     const sizes = new Map();
-    data[way].of.forEach((category) => sizes.set(category, (sizes.get(category) ?? 0) + 1));
+    data[way].of.forEach((category, i) => { if (there(i)) sizes.set(category, (sizes.get(category) ?? 0) + 1); });
     byId("legend").replaceChildren(...[...sizes.keys()].sort((a, b) => (a < 0) - (b < 0) || a - b).map((category) => {
       const name = category < 0 ? "none" : data[way].names[category];
       const button = make("button"), swatch = make("i");
@@ -223,6 +226,21 @@
       way = name; single = null;
       for (const other of byId("colour").children) other.setAttribute("aria-pressed", String(other === button));
       legend(); draw();
+    });
+    return button;
+  }));
+
+  const rounds = [...new Set(data.round)].filter((round) => round > 0).sort((a, b) => a - b);
+  byId("upto").hidden = rounds.length < 2;
+  byId("upto").append(...[...rounds, Infinity].map((round, n) => {
+    const button = make("button", round === Infinity ? "all" : n ? String(round) : `round ${round}`);
+    button.type = "button";
+    button.title = round === Infinity ? "All rounds" : `Samples up to round ${round}, with the fates that they had in the end`;
+    button.setAttribute("aria-pressed", String(round === upto));
+    button.addEventListener("click", () => {
+      upto = round;
+      for (const other of byId("upto").children) other.setAttribute("aria-pressed", String(other === button));
+      hover(-1); legend(); draw();
     });
     return button;
   }));

@@ -399,7 +399,15 @@ def test_a_version_without_the_new_columns_is_taken_over_as_well(tmp_path, one, 
 
 # -- alarms ----------------------------------------------------------------------------------------------------------------
 
-ALARM = {"name": "repeats", "sentence": "A third of round 2 says what round 1 said.", "stops": True}
+ALARM = {
+    "round": 2,
+    "value": 0.1,
+    "threshold": 0.2,
+    "teacher": None,
+    "name": "repeats",
+    "sentence": "A third of round 2 says what round 1 said.",
+    "stops": True,
+}
 
 
 def alarmed(folder, new, **status):

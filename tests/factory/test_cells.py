@@ -66,12 +66,12 @@ def test_apportioned_rows_are_whole_and_near_their_share(rows: int, shares: dict
 
 def test_a_row_is_of_one_value_in_every_dimension() -> None:
     rows = frame(
-        chat("one", "a", axes={"to'ne": "angry"}),
-        chat("two", "b", axes={"to'ne": "sad"}),
+        chat("one", "a", axes={"to'\"ne": "angry"}),
+        chat("two", "b", axes={"to'\"ne": "sad"}),
         chat("three", "z"),
         chat("I ask for harm", "I'm sorry, but I can't help with that."),
     )
-    both = Grid(4, {"label": {"a": 2, "b": 2}, "to'ne": {"angry": 1, REST: 3}})
+    both = Grid(4, {"label": {"a": 2, "b": 2}, "to'\"ne": {"angry": 1, REST: 3}})
     assert cells_of(rows, both, {}) == [("a", "angry"), ("b", REST), None, None]
     assert cells_of(rows, Grid(4, {"refusal": {"yes": 1, "no": 3}}), {}) == [("no",), ("no",), ("no",), ("yes",)]
     homes = {rows["id"][0]: "0", rows["id"][1]: "7"}

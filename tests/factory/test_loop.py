@@ -14,10 +14,11 @@ from typing import Any
 import polars as pl
 import pytest
 
-from factory.errors import RunError
+from factory.errors import ReleaseError, RunError
 from factory.loop import standing
 from factory.recipe import Recipe, StageLine
 from factory.records import RunFolder
+from factory.release import open_version, release
 from factory.run import run
 from factory.stage import Stage
 from factory.teacher import Connection, Heard, Price, Teacher
@@ -29,6 +30,7 @@ from filters.rules import Rules
 from generators.compose import Compose
 from generators.seeds import Seeds
 from schemas.call import Call, Params, Reply
+from schemas.manifest import ReleaseFacts
 from schemas.recipe import ReleasePlan, Target
 from schemas.watch import Watch
 from tests.context import embedder
@@ -290,3 +292,22 @@ def test_rows_follow_the_proportions_of_a_reference(tmp_path: Path) -> None:
     )
     after, before = mmd(made, real), mmd(seeds, real)
     assert after and before and after.squared < before.squared
+
+
+def test_a_version_that_crosses_a_threshold_is_not_released_unless_that_is_said(tmp_path: Path) -> None:
+    folder = turn(tmp_path, {"writer": Writer()}, accepted=30)
+    assert folder.status["status"] == "done"
+    facts = ReleaseFacts(recipe={"name": "planted"}, embedder="test", teachers=(), seeds_licence=None)
+    known: dict[str, Any] = {
+        "name": "planted",
+        "plan": ReleasePlan(),
+        "datasets": tmp_path / "datasets",
+        "embed": embedder().embed,
+        "facts": facts,
+    }
+    with pytest.raises(ReleaseError, match=r"watch\.real_at_least"):
+        release(folder, **known, watch=Watch(real_at_least=0.9))
+    assert not list((tmp_path / "datasets").glob("*/v*"))
+    version = release(folder, **known, watch=Watch(real_at_least=0.9), despite_alarm=True)
+    (alarm,) = open_version(version).alarms
+    assert "watch.real_at_least" in alarm and alarm in (version / "README.md").read_text()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from rich.console import Console
 
 from factory.gateway import Snapshot, Tally
-from factory.progress import RunState, StageState, paces, render, shown
+from factory.progress import RunState, StageState, paces, render, round_line, shown
 
 
 def test_every_stage_that_ended_has_its_line_however_fast_the_next_round_began() -> None:
@@ -30,3 +30,19 @@ def test_a_view_says_how_fast_a_teacher_is_asked_and_why() -> None:
     with console.capture() as shown_text:
         console.print(render(state))
     assert "40 of 1,000 done" in shown_text.get()
+
+
+def test_a_rounds_line_names_the_places_that_are_thinnest() -> None:
+    places = {f"label {n}": (n, 10) for n in range(12)} | {"full": (3, 3)}
+    line = round_line(2, 66, 100, places)
+    assert line == "round 02 ended: 66/100 accepted; short: label 0 0/10, label 1 1/10, label 2 2/10, label 3 3/10 and 6 more"
+    assert round_line(3, 9, 9, {}) == "round 03 ended: 9/9 accepted"
+
+
+def test_of_very_many_places_the_live_view_shows_the_thinnest() -> None:
+    state = RunState("many", 100, None, accepted=1, places={f"p{n:03d}": (n, 200) for n in range(100)})
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render(state))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "p000" in text and "p019" in text and "p020" not in text
+    assert "and 80 that are fuller" in text

@@ -107,11 +107,14 @@ def test_sets_of_very_different_sizes_can_be_compared() -> None:
 
 
 def test_sets_of_equal_vectors_give_numbers() -> None:
-    same = np.repeat(unit(1, 0), 20, axis=0)
-    told = mmd(same, same)
-    assert told is not None and abs(told.squared) < 1e-5
-    area = auc(same, same)
-    assert area is None or area == 0.5
+    first, second = np.eye(4, dtype=np.float32)[:2]
+    same = np.tile(first, (20, 1))
+    assert mmd(same, same) == (0, 1)
+    mostly = np.concatenate([same, np.tile(second, (5, 1))])  # more than half of all pairs are equal
+    told = mmd(mostly, mostly)
+    assert told is not None and abs(told.squared) < 0.05
+    assert (other := mmd(same, np.tile(second, (20, 1)))) is not None and other.squared > 0.5
+    assert auc(same, same) in (None, 0.5)
 
 
 def test_too_few_rows_say_nothing() -> None:

@@ -48,6 +48,14 @@ def reworded(text: str, rng: random.Random) -> tuple[str, str]:
     return " ".join(words), LABELS[text]
 
 
+def collapsing(rows: Sequence[str], originals: Sequence[int], rng: random.Random) -> list[list[tuple[str, str]]]:
+    """Rounds of 8 rows a label, each reworded from ever fewer of the label's rows."""
+    of_label: dict[str, list[str]] = {}
+    for text in rows:
+        of_label.setdefault(LABELS[text], []).append(text)
+    return [[reworded(rng.choice(texts[:few]), rng) for texts in of_label.values() for _ in range(8)] for few in originals]
+
+
 def rows_of(real: Iterable[str], rounds: Sequence[Iterable[str | tuple[str, str]]]) -> list[Sample]:
     rows = [chat(text, LABELS[text], origin="real") for text in real]
     made = {row if isinstance(row, tuple) else (row, LABELS[row]): number for number, texts in enumerate(rounds, 1) for row in texts}
@@ -201,6 +209,19 @@ def test_tail_is_a_fifth_of_like_rows_and_gone_where_the_outer_ones_are() -> Non
     assert tail_mass(like, pl.concat([real_rows.head(29)] * 4), embed) is None  # copies of a real row are one
 
 
+def test_tail_is_that_of_the_plain_definition() -> None:
+    drawn = np.random.default_rng(0).normal(size=(180, 8))
+    vectors = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+    rows = samples_frame(chat(str(i), origin="real" if i < 60 else "made") for i in range(180))
+    found = tail_mass(rows[60:], rows[:60], lambda texts: vectors[[int(text) for text in texts]])
+
+    def fifth(row: int) -> float:
+        return sorted(1 - float(vectors[row] @ vectors[other]) for other in range(60) if other != row)[4]
+
+    edge = np.quantile([fifth(row) for row in range(60)], 0.8)
+    assert found == pytest.approx(np.mean([fifth(row) >= edge for row in range(60, 180)]))
+
+
 def test_tail_weighs_labels_as_the_real_rows_do() -> None:
     real, made = dealt(2)
     frame = samples_frame(rows_of(real, [made]))
@@ -220,15 +241,21 @@ def test_a_healthy_run_raises_no_alarm_and_a_collapsing_one_is_stopped(seed: int
     real, made = dealt(seed)
     assert alarms(by_round(rows_of(real, [made[:70], made[70:140], made[140:]]), 3), Watch()) == ()
 
-    rng = random.Random(seed)
-    rounds = [made[:70]]
-    for originals in (30, 12, 4):  # drawn from ever fewer
-        few = rng.sample(made[:70], originals)
-        rounds.append([reworded(rng.choice(few), rng) for _ in range(70)])
+    rounds = [made[:100], *collapsing(made[:100], (4, 2, 1), random.Random(seed))]
     raised = alarms(by_round(rows_of(real, rounds), 4), Watch())
     assert {alarm.name for alarm in raised} == {"diversity_drop_at_most"}
-    assert raised[-1].round == 4 and raised[-1].stops and raised[-1].value > 0.3
-    assert raised[0].round and raised[0].round > 2
+    assert raised[-1].round == 4 and raised[-1].stops and raised[-1].value > 0.5
+    assert [alarm.value for alarm in raised] == sorted(alarm.value for alarm in raised)
+
+
+def test_without_labels_a_collapse_is_seen_in_the_whole() -> None:
+    real, made = dealt(4)
+    rng = random.Random(4)
+    few = [reworded(rng.choice(made[:4]), rng)[0] for _ in range(70)]
+    rows = [chat(text, origin="real") for text in real]
+    rows += [chat(text, round=number, teacher="small") for number, texts in enumerate((made[:70], set(few)), 1) for text in texts]
+    (alarm,) = alarms(by_round(rows, 2), Watch())
+    assert alarm.name == "diversity_drop_at_most" and alarm.round == 2 and "(NovelSum 0." in alarm.sentence
 
 
 def test_rows_without_the_outer_ones_raise_the_alarm_of_the_tail() -> None:
@@ -245,9 +272,10 @@ def test_rows_without_the_outer_ones_raise_the_alarm_of_the_tail() -> None:
 def test_a_late_round_that_fills_one_label_is_compared_with_rows_of_that_label() -> None:
     thin = [text for text in TEXTS if LABELS[text] == "transfer_fee_charged"]
     others = [text for text in TEXTS if LABELS[text] != "transfer_fee_charged"]
-    rows = rows_of([], [others[:100] + thin[:15], thin[15:]])
+    rows = rows_of([], [others[:100] + thin[:15], [*thin[15:], *((text + " Thanks", LABELS[text]) for text in thin)]])
     assert looked(rows, 2).keys().isdisjoint({"first", "newest"})  # 15 pairs say nothing
-    doubled = rows_of([], [others[:100] + thin, [(text + " Thanks a lot", LABELS[text]) for text in thin]])
+    twice = [(text + end, LABELS[text]) for text in thin for end in (" Thanks", " Please tell me")]
+    doubled = rows_of([], [others[:100] + twice[:60:2] + thin, [*twice[1::2], *((text + " Hello", LABELS[text]) for text in thin)]])
     assert alarms([looked(doubled, 2)], Watch()) == ()
     anywhere = samples_frame(doubled).select("id", cell=pl.lit("anywhere"))
     (alarm,) = alarms([looked(doubled, 2, cells=anywhere)], Watch())  # what it would be against rows of all labels
@@ -356,15 +384,21 @@ def test_a_threshold_that_can_not_be_is_refused(wrong: Any) -> None:
 
 def test_a_version_is_compared_with_the_one_before_over_equal_draws() -> None:
     real, made = dealt(3)
-    rng = random.Random(3)
-    few = rng.sample(made, 4)
-    before = looked(rows_of(real, [made]), 1)
-    small = looked(rows_of(real, [made[:90]]), 1)
-    collapsed = looked(rows_of(real, [[reworded(rng.choice(few), rng) for _ in range(120)]]), 1)
-    assert list(before["varied"]) == ["20", "40", "80", "160"] and list(small["varied"]) == ["20", "40", "80"]
+    before, small = looked(rows_of(real, [made]), 1), looked(rows_of(real, [made[:100]]), 1)
+    assert list(before["varied"]) == ["40", "80", "160"] and list(small["varied"]) == ["40", "80"]
+    assert {"4", "8"} <= before["varied_within"].keys()
     assert alarms_of_versions(before, small, Watch()) == ()
-    (alarm, *_) = [alarm for alarm in alarms_of_versions(before, collapsed, Watch()) if alarm.name == "diversity_drop_at_most"]
-    assert alarm.round is None and alarm.stops and "80 rows each" in alarm.sentence and "in the version before" in alarm.sentence
+    rng = random.Random(3)
+    collapsed = looked(rows_of(real, collapsing(made, [1], rng)), 1)
+    (alarm,) = alarms_of_versions(before, collapsed, Watch())
+    assert alarm.name == "diversity_drop_at_most" and alarm.round is None and alarm.stops
+    assert "NovelSum within a place" in alarm.sentence and "8 rows of each label" in alarm.sentence
+    of_few = [chat(reworded(rng.choice(made[:4]), rng)[0], round=1) for _ in range(100)]
+    (alarm,) = alarms_of_versions({"varied": before["varied"]}, looked(of_few, 1), Watch())
+    assert "in the version before; 80 rows each" in alarm.sentence
+    halved = {"varied": {"80": before["varied"]["80"], "160": {"novelsum": before["varied"]["160"]["novelsum"] / 2}}}
+    (alarm,) = alarms_of_versions(before, halved, Watch())
+    assert "50% less varied" in alarm.sentence and "160 rows each" in alarm.sentence
     assert alarms_of_versions(None, before, Watch()) == ()
     assert [alarm.name for alarm in alarms_of_versions(None, CROSSED, ALL)] == [
         "real_at_least",
@@ -385,6 +419,9 @@ def test_a_released_version_has_the_figures_of_its_run(tmp_path: Path) -> None:
     for name in ("depth_max", "depth_mean", "teacher", "teacher_share", "herfindahl", "varied"):
         assert found[name] == of_run[name]
     assert alarms_of_versions(of_run, found, Watch()) == ()
+    (folder / "lineage.parquet").chmod(0o644)
+    lineage.drop("depth").write_parquet(folder / "lineage.parquet")  # as an earlier Gristmill wrote it
+    assert look_at_version(folder, embed) == found
 
 
 def looked_at_run(run: Any) -> dict[str, Any]:
