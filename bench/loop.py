@@ -2,7 +2,7 @@
 
     python bench/loop.py [--seeds 0 1 2 3 4] [--cases embedded noisy] [--json out.json]
 
-embedded  The demo's recipe with the teacher of 135M parameters, for 60 rows. *Closed*: its target, as it stands. *Open*: the same lines
+embedded  The demo's recipe with the teacher of 135M parameters, for 40 rows. *Closed*: its target, as it stands. *Open*: the same lines
           ask one round of as many questions, evenly over labels; answers are left out by a hash until no more tokens were written than in
           the closed run; the same filters judge; of the good rows as many as the closed run accepted are drawn by a hash. Both are then
           measured on rows that neither saw: balance (rows of the smallest label by those of the largest), evenness over 64 regions of the
@@ -51,7 +51,7 @@ from trainer.probe import probe_accuracy
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "bank-intents"
 DEV = ROOT / "bench" / "data" / "banking77_dev.jsonl"
-ROWS = 60  # half of the demo's: ten runs of the small teacher take half an hour
+ROWS = 40  # a third of the demo's: ten runs of the small teacher take twenty minutes
 FOLDS = 5
 NOISY_ROWS = 80
 CLEAN_DRAWS = 5

@@ -23,9 +23,9 @@ MEMORY = 0.7  # what a round weighs against the one after it: a teacher that beg
 PRIOR = 4.0  # samples that the belief about an arm at a new cell weighs: what the arm gave elsewhere, times how hard the cell is
 DRAWS = 64  # a cell's effort is shared out in so many draws
 LEAST_RATE = 0.05  # a cell that gives little is asked for at most 20 times what it lacks
-UNPROVEN = 0.25  # and one that gave nothing yet for four times: it may never give anything
+UNPROVEN = 0.25  # and one that gave nothing yet for four times, then eight, and so on: it may never give anything
 PATIENCE = 3  # rounds in a row without a good row, after which a cell (or the whole run) is given up
-ENOUGH = 20  # samples that were tried in them
+ENOUGH = 60  # samples that were tried in them: of a cell that gives one in twenty, something would have come in 95 of 100 cases
 
 TRIED = pl.Schema(
     {
@@ -86,6 +86,13 @@ class Yields:
             good, tried = here.select((pl.col("good") * weight).sum(), (pl.col("tried") * weight).sum()).row(0)
             self._cache[key] = float(good), float(tried)
         return self._cache[key]
+
+    def least_rate(self, aim: str) -> float:
+        """The rate by which a cell is asked for at least: half as high after each round in vain, as long as nothing came."""
+        here = self.tried.filter(pl.col("aim") == aim)
+        if here.is_empty() or here["good"].sum():
+            return LEAST_RATE
+        return max(LEAST_RATE, UNPROVEN / 2 ** (here["round"].n_unique() - 1))
 
     def belief(self, arm: Arm, aim: str) -> tuple[float, float]:
         """The beta distribution of good rows a sample tried, of an arm at a cell.
@@ -181,8 +188,7 @@ def orders(
         rate = None
         if yields.counts(aim=aim)[1] or yields.counts()[1]:
             means = {arm: (b := yields.belief(arm, aim))[0] / sum(b) for arm in arms}
-            least = UNPROVEN if yields.counts(aim=aim)[1] and not yields.counts(aim=aim)[0] else LEAST_RATE
-            rate = max(least, sum(parts[arm] * means[arm] for arm in arms) / sum(parts.values()))
+            rate = max(yields.least_rate(aim), sum(parts[arm] * means[arm] for arm in arms) / sum(parts.values()))
         of_line = {line: {arm.teacher: parts[arm] for arm in arms if arm.line == line and parts[arm] > 0} for line in found}
         due = {line: rows * sum(mine.values()) for line, mine in of_line.items() if mine}
         whole = apportion(round(sum(due.values())), {line: max(0.0, due[line] + owed[line]) for line in due})

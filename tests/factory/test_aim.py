@@ -128,11 +128,11 @@ def test_cells_that_no_line_can_make_trade_their_values() -> None:
 
 
 def test_a_cell_is_given_up_after_three_rounds_of_nothing_and_not_before() -> None:
-    dry = [{"teacher": "t", "round": n, "good": 0, "tried": 8} for n in (1, 2, 3)]
+    dry = [{"teacher": "t", "round": n, "good": 0, "tried": 20} for n in (1, 2, 3)]
     assert given_up(evidence(*dry), [A]) == {A}
     assert given_up(evidence(*dry[:2]), [A]) == set()
     assert given_up(evidence(*dry[:2], {**dry[2], "good": 1}), [A]) == set()
-    assert given_up(evidence(*({**row, "tried": 3} for row in dry)), [A]) == set()  # nine samples say little
+    assert given_up(evidence(*({**row, "tried": 15} for row in dry)), [A]) == set()  # 45 samples of one in twenty may all be bad
     both = ['{"label": "a", "tone": "angry"}', '{"label": "b", "tone": "calm"}']
     other = [{**row, "aim": '{"label": "b", "tone": "angry"}'} for row in dry]
     assert given_up(evidence(*other), both) == set()  # neither of them was tried, and b may go well with another tone
@@ -153,3 +153,11 @@ def test_a_draw_is_no_finer_than_it_says() -> None:
         TWO, A, Yields(evidence({"teacher": "small", "good": 50}, {"teacher": "big", "good": 50}), 2), np.random.default_rng(0), 0.0
     )
     assert all(share * DRAWS == pytest.approx(round(share * DRAWS)) for share in part.values())
+
+
+def test_a_cell_that_gave_nothing_is_asked_for_more_and_more_but_not_at_once() -> None:
+    def rate(*rounds: int) -> float:
+        return Yields(evidence(*({"teacher": "t", "round": n} for n in rounds)), 9).least_rate(A)
+
+    assert [rate(), rate(1), rate(1, 2), rate(1, 2, 3), rate(1, 2, 3, 4)] == [0.05, 0.25, 0.125, 0.0625, 0.05]
+    assert Yields(evidence({"teacher": "t", "good": 1}), 2).least_rate(A) == 0.05
