@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from factory import plugins
 from schemas.call import Params
 from schemas.recipe import EmbedderChoice, ReleasePlan, Target
+from schemas.watch import Watch
 
 PAGE = Path(__file__).with_name("reference.md")
 
@@ -34,6 +35,7 @@ embedder:  which model makes vectors
 teachers:  names, each with a kind and its keys
 stages:    a list; item n writes into the folder 0n-key
 release:   how a version is cut
+watch:     when a collapsing dataset is to stop the run
 ```
 """
 
@@ -41,7 +43,7 @@ release:   how a version is cut
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
-    for name, model in (("target", Target), ("embedder", EmbedderChoice), ("release", ReleasePlan), ("params", Params)):
+    for name, model in (("target", Target), ("embedder", EmbedderChoice), ("release", ReleasePlan), ("watch", Watch), ("params", Params)):
         parts.append(f"## {name}\n\n{words(model)}\n\n{table(model)}")
     parts.append("## Teachers\n\n`params` are defaults that a stage's own override.")
     parts += [

@@ -23,9 +23,11 @@ MEMORY = 0.7  # what a round weighs against the one after it: a teacher that beg
 PRIOR = 4.0  # samples that the belief about an arm at a new cell weighs: what the arm gave elsewhere, times how hard the cell is
 DRAWS = 64  # a cell's effort is shared out in so many draws
 LEAST_RATE = 0.05  # a cell that gives little is asked for at most 20 times what it lacks
-UNPROVEN = 0.25  # and one that gave nothing yet for four times, then eight, and so on: it may never give anything
+UNPROVEN = 0.25  # and one that gave nothing yet for four times: it may never give anything
+LOWEST_RATE = 0.0125  # after each round in vain for twice as much, but never for more than 80 times
 PATIENCE = 3  # rounds in a row without a good row, after which a cell (or the whole run) is given up
 ENOUGH = 60  # samples that were tried in them: of a cell that gives one in twenty, something would have come in 95 of 100 cases
+ROWS = 20  # and so many that cells on average would have given as many good rows: where little comes anywhere, more is needed to tell
 
 TRIED = pl.Schema(
     {
@@ -88,11 +90,11 @@ class Yields:
         return self._cache[key]
 
     def least_rate(self, aim: str) -> float:
-        """The rate by which a cell is asked for at least: half as high after each round in vain, as long as nothing came."""
-        here = self.tried.filter(pl.col("aim") == aim)
-        if here.is_empty() or here["good"].sum():
-            return LEAST_RATE
-        return max(LEAST_RATE, UNPROVEN / 2 ** (here["round"].n_unique() - 1))
+        """The rate by which a cell is asked for at least: half as high after each round in vain since something came."""
+        good = self.tried.filter(pl.col("aim") == aim).group_by("round").agg(pl.col("good").sum()).sort("round")["good"].to_list()
+        vain: int = next((n for n, rows in enumerate(reversed(good)) if rows), len(good))
+        first = LEAST_RATE if not good or vain < len(good) else 2 * UNPROVEN
+        return max(LOWEST_RATE, first * 0.5**vain)
 
     def belief(self, arm: Arm, aim: str) -> tuple[float, float]:
         """The beta distribution of good rows a sample tried, of an arm at a cell.
@@ -147,7 +149,12 @@ def effort(arms: Sequence[Arm], aim: str, yields: Yields, rng: np.random.Generat
 
 
 def given_up(tried: pl.DataFrame, aims: Sequence[str]) -> set[str]:
-    """The cells that gave nothing in the last three rounds in which they were asked for, or one of their values in two cells or more."""
+    """The cells that gave nothing in the last three rounds in which they were asked for, or one of their values in two cells or more.
+
+    And for which so much was tried that cells as they are on average would have given 20 rows, 60 samples at least.
+    """
+    came, all_tried = (int(tried[name].sum()) for name in ("good", "tried"))
+    enough = max(ENOUGH, ROWS * all_tried / came if came else 0)
     values = {aim: set(json.loads(aim).items()) for aim in {*aims, *tried["aim"]}}
 
     def nothing(wanted: set[tuple[str, str]], cells: int = 1) -> bool:
@@ -155,7 +162,7 @@ def given_up(tried: pl.DataFrame, aims: Sequence[str]) -> set[str]:
         if here["aim"].n_unique() < cells:
             return False
         rounds = here.group_by("round").agg(pl.col("good", "tried").sum()).sort("round").tail(PATIENCE)
-        return rounds.height == PATIENCE and not rounds["good"].sum() and int(rounds["tried"].sum()) >= ENOUGH
+        return rounds.height == PATIENCE and not rounds["good"].sum() and here["tried"].sum() >= enough
 
     dead = {value for value in set().union(*(values[aim] for aim in aims)) if nothing({value}, 2)}
     return {aim for aim in aims if values[aim] & dead or nothing(values[aim])}

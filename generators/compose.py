@@ -50,7 +50,7 @@ _SHIPPED: Mapping[str, tuple[How, tuple[str, ...], tuple[str, ...] | None]] = {
     "text-chat": ("json", (), ()),
     "text-completion": ("blocks", ("\nExample",), ("\nExample {next}",)),
 }
-_LOWEST_RATE = 0.05  # a place that has given nothing yet is asked 20 times what it lacks, not without end
+_LOWEST_RATE = 0.01  # whatever a need says, a place is not asked for more than a hundred times what it lacks
 _DRAWS_A_ROUND = 1_000_000  # draws of one round begin here times its number, so that no two rounds ask the same question
 
 

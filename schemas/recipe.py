@@ -18,8 +18,8 @@ class Target(BaseModel):
     "proportional" (to the reference), or shares by a cluster's name. `reference` is a file of real inputs without labels (logs, tickets):
     clusters are then those of it, and their quotas in its proportions.
 
-    `oversample`: good rows that are wanted for each row taken. Rounds go on until every place has so many to choose from, as long as money
-    and `rounds` last. `explore`: the part of the effort that is spread over all generators and teachers, whatever they have given.
+    `oversample`: good rows that are wanted for each row taken. Rounds go on until there are nearly so many to choose from, as long as
+    money and `rounds` last. `explore`: the part of the effort that is spread over all generators and teachers, whatever they have given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -133,6 +133,8 @@ def test_a_cell_is_given_up_after_three_rounds_of_nothing_and_not_before() -> No
     assert given_up(evidence(*dry[:2]), [A]) == set()
     assert given_up(evidence(*dry[:2], {**dry[2], "good": 1}), [A]) == set()
     assert given_up(evidence(*({**row, "tried": 15} for row in dry)), [A]) == set()  # 45 samples of one in twenty may all be bad
+    little = [{"teacher": "t", "round": n, "good": 1, "tried": 50, "aim": '{"label": "b"}'} for n in (1, 2)]
+    assert given_up(evidence(*dry, *little), [A]) == set()  # where one in fifty comes anywhere, sixty say little
     both = ['{"label": "a", "tone": "angry"}', '{"label": "b", "tone": "calm"}']
     other = [{**row, "aim": '{"label": "b", "tone": "angry"}'} for row in dry]
     assert given_up(evidence(*other), both) == set()  # neither of them was tried, and b may go well with another tone
@@ -159,5 +161,6 @@ def test_a_cell_that_gave_nothing_is_asked_for_more_and_more_but_not_at_once() -
     def rate(*rounds: int) -> float:
         return Yields(evidence(*({"teacher": "t", "round": n} for n in rounds)), 9).least_rate(A)
 
-    assert [rate(), rate(1), rate(1, 2), rate(1, 2, 3), rate(1, 2, 3, 4)] == [0.05, 0.25, 0.125, 0.0625, 0.05]
-    assert Yields(evidence({"teacher": "t", "good": 1}), 2).least_rate(A) == 0.05
+    assert [rate(), rate(1), rate(1, 2), rate(1, 2, 3), rate(1, 2, 3, 4)] == [0.05, 0.25, 0.125, 0.0625, 0.03125]
+    came = [{"teacher": "t", "good": 1}, *({"teacher": "t", "round": n} for n in (2, 3, 4))]
+    assert [Yields(evidence(*came[:n]), 9).least_rate(A) for n in (1, 2, 3, 4)] == [0.05, 0.025, 0.0125, 0.0125]

@@ -136,7 +136,7 @@ def test_calls_follow_what_is_missing_and_the_rate_and_are_bounded_fairly() -> N
     assert asked(Need(8, "transfer_timing", rate=0.25)) == {timing: 16}
     assert asked(Need(8, "transfer_timing")) == {timing: 8}
     assert asked(Need(1, "transfer_timing", rate=1.0), Need(0, "transfer_fee_charged")) == {timing: 1}
-    assert asked(Need(1, "transfer_timing", rate=0.0)) == {timing: 10}
+    assert asked(Need(1, "transfer_timing", rate=0.0)) == {timing: 50}
     assert asked(Need(50, "transfer_timing"), Need(50, "transfer_fee_charged"), max_calls=7) == {timing: 4, fee: 3}
     assert set(asked(Need(40)).values()) == {4}, "anywhere: as the seeds are, which are 4 a label"
     assert asked() == {}
