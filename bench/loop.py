@@ -2,7 +2,7 @@
 
     python bench/loop.py [--seeds 0 1 2 3 4] [--cases embedded noisy] [--json out.json]
 
-embedded  The demo's recipe with the teacher of 135M parameters, for 40 rows. *Closed*: its target, as it stands. *Open*: the same lines
+embedded  The demo's recipe with the teacher of 135M parameters, for 30 rows. *Closed*: its target, as it stands. *Open*: the same lines
           ask one round of as many questions, evenly over labels; answers are left out by a hash until no more tokens were written than in
           the closed run; the same filters judge; of the good rows as many as the closed run accepted are drawn by a hash. Both are then
           measured on rows that neither saw: balance (rows of the smallest label by those of the largest), evenness over 64 regions of the
@@ -51,7 +51,7 @@ from trainer.probe import probe_accuracy
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "bank-intents"
 DEV = ROOT / "bench" / "data" / "banking77_dev.jsonl"
-ROWS = 40  # a third of the demo's: ten runs of the small teacher take twenty minutes
+ROWS = 30  # a quarter of the demo's: ten runs of the small teacher take twenty minutes
 FOLDS = 5
 NOISY_ROWS = 80
 CLEAN_DRAWS = 5
@@ -276,27 +276,26 @@ def main() -> None:
     embed = open_embedder(EmbedderChoice()).embed
     result: dict[str, Any] = read_json(options.json) if options.json and options.json.exists() else {}  # other cases stay
     for case in options.cases:
-        runs = []
+        runs: list[dict[str, Any]] = []
         for seed in options.seeds:
             runs.append(noisy(seed, embed) if case == "noisy" else embedded(seed, embed))
             print(case, json.dumps(runs[-1]), file=sys.stderr, flush=True)
-        if case == "noisy":
-            compared = {
-                f"loop_against_{other}": difference([each["loop"] for each in runs], [each[other] for each in runs])
-                for other in ("clean", "unfiltered", "seeds_alone")
-            }
-            means = {name: statistics.mean(each[name] for each in runs) for name in ("loop", "clean", "unfiltered", "seeds_alone")}
-        else:
-            compared = {
-                name: difference([each["closed"][name] for each in runs], [each["open"][name] for each in runs]) for name in COMPARED
-            }
-            means = {
-                f"{side}_{name}": statistics.mean(each[side][name] for each in runs) for side in ("closed", "open") for name in COMPARED
-            }
-        result[case] = {"runs": runs, "means": means, "differences": compared}
-        print(case, json.dumps({"means": means, "differences": compared}, indent=2))
-        if options.json:
-            write_json(options.json, result)
+            result[case] = compared(case, runs)
+            if options.json:
+                write_json(options.json, result)
+        print(case, json.dumps({name: result[case][name] for name in ("means", "differences")}, indent=2))
+
+
+def compared(case: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The runs of a case, their means, and the differences of its two sides."""
+    if case == "noisy":
+        others = ("clean", "unfiltered", "seeds_alone")
+        means = {name: statistics.mean(each[name] for each in runs) for name in ("loop", *others)}
+        apart = {f"loop_against_{other}": difference([each["loop"] for each in runs], [each[other] for each in runs]) for other in others}
+    else:
+        means = {f"{side}_{name}": statistics.mean(each[side][name] for each in runs) for side in ("closed", "open") for name in COMPARED}
+        apart = {name: difference([each["closed"][name] for each in runs], [each["open"][name] for each in runs]) for name in COMPARED}
+    return {"runs": list(runs), "means": means, "differences": apart}
 
 
 if __name__ == "__main__":
