@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 import polars as pl
@@ -193,7 +194,7 @@ def orders(
             continue
         parts = effort(arms, aim, yields, rng, explore)
         rate = None
-        if yields.counts(aim=aim)[1] or yields.counts()[1]:
+        if yields.counts()[1]:
             means = {arm: (b := yields.belief(arm, aim))[0] / sum(b) for arm in arms}
             rate = max(yields.least_rate(aim), sum(parts[arm] * means[arm] for arm in arms) / sum(parts.values()))
         of_line = {line: {arm.teacher: parts[arm] for arm in arms if arm.line == line and parts[arm] > 0} for line in found}
@@ -209,22 +210,22 @@ def orders(
 def servable(lacking: Mapping[Cell, int], grid: Grid, lines: Mapping[str, Effort]) -> tuple[Counter[Cell], Counter[Cell]]:
     """The cells that some line can serve, and those that none can, once cells of the latter kind have traded values with others."""
 
+    @cache
     def served(cell: Cell) -> bool:
         place = as_place(grid, cell)
         return any(effort.serves(place) for effort in lines.values())
 
-    known = {cell: served(cell) for cell in lacking}
-    if all(known.values()):
+    if all(map(served, lacking)):
         return Counter(lacking), Counter()
     rows = [cell for cell, n in sorted(lacking.items()) for _ in range(n)]
     for i, cell in enumerate(rows):
         for at, j in ((at, j) for at in range(len(cell)) for j in range(len(rows)) if not served(rows[i])):
             mine, other = rows[i], rows[j]
             traded = (*mine[:at], other[at], *mine[at + 1 :]), (*other[:at], mine[at], *other[at + 1 :])
-            if all(known.setdefault(each, served(each)) for each in traded):
+            if all(map(served, traded)):
                 rows[i], rows[j] = traded
                 break
-    good = Counter(cell for cell in rows if known.setdefault(cell, served(cell)))
+    good = Counter(filter(served, rows))
     return good, Counter(rows) - good
 
 

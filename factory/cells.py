@@ -40,10 +40,6 @@ class Grid:
     quotas: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     soft: frozenset[str] = frozenset()
 
-    @property
-    def dimensions(self) -> tuple[str, ...]:
-        return tuple(self.quotas)
-
     def values(self, cell: Cell) -> dict[str, str]:
         """The value of a cell in each dimension, but for those of no quota of their own."""
         return {name: value for name, value in zip(self.quotas, cell, strict=True) if value != REST}
@@ -177,6 +173,7 @@ def _most(
             cells, there, floor, {(value,): n for value, n in grid.quotas[dimensions[0]].items()}, [(cell[at],) for cell in cells]
         )
     from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, eye_array, hstack, vstack
 
     k = len(cells)
     rows, most, alone = [], [], np.full(k, float(grid.accepted))
@@ -187,7 +184,7 @@ def _most(
             rows.append(inside)
             most.append(float(n))
             alone[inside > 0] *= n / grid.accepted
-    quotas = np.array(rows)
+    quotas = csr_array(np.array(rows))
     low, high = np.array(floor, float), np.array([there[cell] for cell in cells], float)
 
     def solved(
@@ -201,10 +198,9 @@ def _most(
     total = round(solved(-np.ones(k), LinearConstraint(quotas, ub=most), upper=high, lower=low).sum())
     # The second has k more variables, the distances to the table of independent dimensions; later cells weigh a trifle more, so that no two
     # answers are equally good.
-    wide = np.hstack([quotas, np.zeros_like(quotas)])
-    eye = np.eye(k)
+    wide, eye = hstack([quotas, csr_array(quotas.shape)]), eye_array(k)
     costs = np.concatenate([np.arange(k) * 1e-7, np.ones(k)])
-    apart = LinearConstraint(np.vstack([np.hstack([eye, -eye]), np.hstack([-eye, -eye])]), ub=np.concatenate([alone, -alone]))
+    apart = LinearConstraint(vstack([hstack([eye, -eye]), hstack([-eye, -eye])]), ub=np.concatenate([alone, -alone]))
     whole = LinearConstraint(np.concatenate([np.ones(k), np.zeros(k)]), lb=total, ub=total)
     far = np.full(k, np.inf)
     x = solved(

@@ -101,15 +101,7 @@ class Standing:
         lacking, _ = aim.servable(
             {cell: n for cell, n in self.lacking.items() if aim.aim_of(self.grid, cell) not in self.over}, self.grid, self.recipe.efforts
         )
-        return aim.orders(
-            lacking,
-            self.grid,
-            self.recipe.efforts,
-            aim.Yields(self.tried, self.number),
-            f"{self.recipe.seed}/aim/{self.number}",
-            explore=self.recipe.target.explore,
-            place={cell: self._place(cell, embed) for cell in lacking},
-        )
+        return _orders(self.recipe, self.grid, self.tried, self.number, lacking, {cell: self._place(cell, embed) for cell in lacking})
 
     def _place(self, cell: Cell, embed: Embed) -> Need:
         place, name = aim.as_place(self.grid, cell), aim.aim_of(self.grid, cell)
@@ -274,9 +266,14 @@ def first_needs(recipe: Recipe, seeds: pl.DataFrame) -> dict[str, tuple[Need, ..
     """What the first round is to bring, by line: what `Standing.needs` says where nothing was tried."""
     grid = grid_of(recipe.target, seeds, recipe.axes)
     lacking, _ = aim.servable(_dealt(recipe, grid, {}, 1), grid, recipe.efforts)
-    nothing = aim.Yields(aim.TRIED.to_frame(), 1)
-    place = {cell: aim.as_place(grid, cell) for cell in lacking}
-    return aim.orders(lacking, grid, recipe.efforts, nothing, f"{recipe.seed}/aim/1", explore=recipe.target.explore, place=place)
+    return _orders(recipe, grid, aim.TRIED.to_frame(), 1, lacking, {cell: aim.as_place(grid, cell) for cell in lacking})
+
+
+def _orders(
+    recipe: Recipe, grid: Grid, tried: pl.DataFrame, number: int, lacking: Mapping[Cell, int], place: Mapping[Cell, Need]
+) -> dict[str, tuple[Need, ...]]:
+    seed, explore = f"{recipe.seed}/aim/{number}", recipe.target.explore
+    return aim.orders(lacking, grid, recipe.efforts, aim.Yields(tried, number), seed, explore=explore, place=place)
 
 
 def _dealt(recipe: Recipe, grid: Grid, there: Mapping[Cell, int], number: int) -> Counter[Cell]:

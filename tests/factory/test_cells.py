@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import polars as pl
 import pytest
@@ -148,5 +147,4 @@ def test_runs_of_a_calls_length_keep_cells_few() -> None:
 
 def test_values_of_cells_leave_out_the_rest() -> None:
     assert TWO.values(("a", REST)) == {"label": "a"}
-    assert Counter(TWO.dimensions) == {"label": 1, "tone": 1}
     assert pl.DataFrame(TWO.wanted(1.5)["label"]).row(0) == (8, 6, 5)
