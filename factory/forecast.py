@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from factory import rounds
 from factory.aim import PATIENCE
-from factory.cells import SPARED
+from factory.cells import REST, SPARED
 
 Numbers = NDArray[np.float64]
 
@@ -366,7 +366,7 @@ class _Play:
         have = dict(zip(self.places, map(int, self.have), strict=True))
         wanted = np.zeros(len(self.places))
         for need in rounds.needs(self.outlook.quota, have, yields):
-            wanted[self.places.index(need.label or rounds.ANYWHERE)] = need.missing / (need.rate or ASSUMED_RATE)
+            wanted[self.places.index(need.label or REST)] = need.missing / (need.rate or ASSUMED_RATE)
         stages = {stage: asks.of(wanted) for stage, asks in self.outlook.asks.items()}
         shares = {stage: [s.share for s in self.outlook.sources if s.stage == stage] for stage in stages}
         parts = {stage: iter(self._dealt(n, shares[stage])) for stage, n in stages.items() if shares[stage]}

@@ -21,7 +21,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from factory import rounds
-from factory.cells import LABEL
+from factory.cells import LABEL, REST
 from factory.embed import Embedder, open_embedder
 from factory.errors import RunError
 from factory.forecast import Answered, Had, Novelty
@@ -408,7 +408,7 @@ def _place(label: str | None, quota: Mapping[str, int]) -> int | None:
     places = list(quota)
     if label is not None and label in quota:
         return places.index(label)
-    return places.index(rounds.ANYWHERE) if rounds.ANYWHERE in quota else None
+    return places.index(REST) if REST in quota else None
 
 
 def _twins(copies: pl.DataFrame) -> dict[str, str]:

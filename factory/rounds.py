@@ -1,22 +1,22 @@
 """The rounds as a plan plays them, place by place, and how good a row is among those of its kind.
 
-A plan knows one kind of place, the labels of a target (else one place for all); what a run aims at is in `factory/loop.py`.
+A plan knows one kind of place, the labels of a target; `REST` is the place of all others, or of all rows. What a run aims at is in
+`factory/loop.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
 from factory.aim import LEAST_RATE
-from factory.cells import LABEL, REST, grid_of
+from factory.cells import LABEL, REST, Grid, cells_of, grid_of
 from factory.stage import Need
 from schemas.recipe import Target
-
-ANYWHERE = "\0"  # the one place of a target without labels; no label that a person wrote
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,13 @@ def quotas(target: Target, seeds: pl.DataFrame) -> dict[str, int]:
         | {"reference": None, "proportions": None}
     )
     wanted = grid_of(by_label, seeds, {}).wanted(target.oversample).get(LABEL)
-    if wanted is None:
-        return {ANYWHERE: math.ceil(target.accepted * target.oversample - 1e-9)}
-    return {ANYWHERE if place == REST else place: n for place, n in wanted.items()}
-
-
-def place_of(frame: pl.DataFrame, quota: Mapping[str, int]) -> pl.Series:
-    """The place of each row: its label, or everywhere the same where its label is none of the target's."""
-    rest = pl.lit(ANYWHERE if ANYWHERE in quota else None, pl.String)
-    return frame.select(pl.when(pl.col("label").is_in(list(quota))).then("label").otherwise(rest).alias("place")).to_series()
+    return {REST: math.ceil(target.accepted * target.oversample - 1e-9)} if wanted is None else wanted
 
 
 def counts(frame: pl.DataFrame, quota: Mapping[str, int]) -> dict[str, int]:
     """How many of these rows each place holds."""
-    found = dict(place_of(frame, quota).value_counts().iter_rows())
-    return {place: int(found.get(place, 0)) for place in quota}
+    found = Counter(cells_of(frame, Grid(sum(quota.values()), {LABEL: quota}), {}))
+    return {place: found[(place,)] for place in quota}
 
 
 def needs(quota: Mapping[str, int], have: Mapping[str, int], yields: Mapping[str, Yield]) -> tuple[Need, ...]:
@@ -61,7 +53,7 @@ def needs(quota: Mapping[str, int], have: Mapping[str, int], yields: Mapping[str
     thin = [
         Need(
             missing=quota[place] - have.get(place, 0),
-            label=None if place == ANYWHERE else place,
+            label=None if place == REST else place,
             rate=None if (rate := yields.get(place, Yield()).rate) is None else max(rate, LEAST_RATE),
         )
         for place in quota

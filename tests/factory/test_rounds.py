@@ -5,7 +5,8 @@ from __future__ import annotations
 import polars as pl
 
 from factory import rounds
-from factory.rounds import ANYWHERE, Yield
+from factory.cells import REST
+from factory.rounds import Yield
 from schemas.recipe import Target
 from tests.context import chat, frame
 
@@ -14,11 +15,11 @@ SEEDS = frame(*[chat(f"{label} {i}", label, origin="real") for label in "abc" fo
 
 def test_a_plan_knows_labels_as_places() -> None:
     assert rounds.quotas(Target(accepted=10, balance="label"), SEEDS) == {"a": 4, "b": 3, "c": 3}
-    assert rounds.quotas(Target(accepted=10), SEEDS) == {ANYWHERE: 10}
+    assert rounds.quotas(Target(accepted=10), SEEDS) == {REST: 10}
     assert rounds.quotas(Target(accepted=10, balance="label", oversample=2.5), SEEDS) == {"a": 10, "b": 8, "c": 8}
     some = rounds.quotas(Target(accepted=10, quotas={"label": {"a": 2}}), SEEDS)
-    assert some == {"a": 2, ANYWHERE: 8}
-    assert rounds.counts(SEEDS, some) == {"a": 2, ANYWHERE: 4}
+    assert some == {"a": 2, REST: 8}
+    assert rounds.counts(SEEDS, some) == {"a": 2, REST: 4}
     one = frame(chat("hi", "all", origin="real"), chat("ho", "other", origin="real"))  # "all" is a label like any other
     quota = rounds.quotas(Target(accepted=4, balance="label"), one)
     assert rounds.counts(one, quota) == {"all": 1, "other": 1}
