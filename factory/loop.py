@@ -169,7 +169,7 @@ class Standing:
         return aims_of(self.record, self.number, self.grid).select("call", "aim")
 
     def explain(self) -> list[dict[str, Any]]:
-        """Of every value of every dimension: `wanted`, `have`, `good`, what was tried for it, and what the rest would cost.
+        """Of every value of every dimension: its `name`, `wanted`, `have`, `good`, what was tried for it, and what the rest would cost.
 
         `to_get` is what is still missing: `rows`, the `calls` and `micro_usd` that they would take at the yield so far; those two are
         None where nothing good has come (or a price is unknown).
@@ -202,7 +202,7 @@ class Standing:
         return {
             "dimension": name,
             "value": "" if value == REST else value,
-            "name": self.names.get(value, "") if name == CLUSTER else "others" if value == REST else value,
+            "name": _said(self, name, value) if name else "",
             "wanted": wanted,
             "have": have,
             "good": good,
@@ -367,8 +367,9 @@ def counted(at: Standing, rows: pl.DataFrame) -> dict[str, int]:
 
 
 def _said(at: Standing, name: str, value: str) -> str:
-    said = at.names.get(value, value) if name == CLUSTER else "others" if value == REST else value
-    return said if name == LABEL else f"{name}: {said}"
+    """What people call one value of a dimension: a label as it is, others with the dimension before; a nameless cluster its number."""
+    said = at.names.get(value, "") if name == CLUSTER else "others" if value == REST else value
+    return said if name == LABEL else f"{name}: {said}" if said else f"{name} {value}"
 
 
 def view(at: Standing) -> dict[str, tuple[int, int]]:

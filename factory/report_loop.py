@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from factory.aim import told
-from factory.cells import CLUSTER, LABEL, REST, Cell, Grid, cells_of
+from factory.cells import CLUSTER, REST, Cell, Grid, cells_of
 from factory.choose import QUALITY, at_random, represented, select
 from factory.diversity import hash_order
 from factory.loop import aims_of, tried
@@ -99,7 +99,8 @@ def _cells(run: RunFolder) -> dict[str, Any]:
         return {}
     rank = {name: place for place, name in enumerate(dict.fromkeys(cell["dimension"] for cell in cells))}
     rows = [
-        cell | {"said": _said(cell), "lost": list(cell["rejected"].items()), "missing": cell["wanted"] - cell["have"]} for cell in cells
+        cell | {"said": cell["name"] or "rows", "lost": list(cell["rejected"].items()), "missing": cell["wanted"] - cell["have"]}
+        for cell in cells
     ]
     rows.sort(key=lambda row: (rank[row["dimension"]], -row["missing"], row["said"]))
     shown = rows if len(rows) <= CELLS else sorted(rows, key=lambda row: -row["missing"])[:CELLS]
@@ -110,11 +111,6 @@ def _cells(run: RunFolder) -> dict[str, Any]:
         "short": any(row["to_get"] for row in rows),
         "several": len(rank) > 1,
     }
-
-
-def _said(cell: Mapping[str, Any]) -> str:
-    name = cell["name"] or cell["value"] or "rows"
-    return name if cell["dimension"] in ("", LABEL) or name == f"{CLUSTER} {cell['value']}" else f"{cell['dimension']}: {name}"
 
 
 def _rounds(run: RunFolder, samples: pl.DataFrame, embed: Embed, against: Mapping[str, Any]) -> dict[str, Any]:

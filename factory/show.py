@@ -107,10 +107,9 @@ def shortfalls(cells: list[dict[str, Any]]) -> Table | None:
             rest = "nobody knows: nothing good came" if cell["calls"] else "nobody knows: it was not asked for"
         else:
             rest = f"{get['calls']:,} calls" + ("" if get["micro_usd"] is None else f", {dollars(get['micro_usd'])}")
-        name = f"{cell['dimension']}: {cell['name']}" if cell["dimension"] not in ("", "label") else cell["name"] or "rows"
         lost = ", ".join(f"{n} {reason}" for reason, n in cell["rejected"].items())
         rows = f"{cell['have']}/{cell['wanted']}"
-        table.add_row(name, rows, f"{cell['calls']:,}", f"{cell['came']:,}", lost, dollars(cell["micro_usd"]), rest)
+        table.add_row(cell["name"] or "rows", rows, f"{cell['calls']:,}", f"{cell['came']:,}", lost, dollars(cell["micro_usd"]), rest)
     return table
 
 

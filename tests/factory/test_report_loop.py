@@ -134,7 +134,10 @@ def test_what_is_left_to_get_is_told_only_where_something_is_short_and_a_price_o
 
 def test_places_of_other_dimensions_say_which_and_many_are_cut(run: RunFolder, tmp_path: Path) -> None:
     plain = run.status["cells"][0]
-    many = [plain | {"dimension": "tone", "name": f"tone {n:03d}", "value": f"tone {n:03d}", "have": n % 7, "wanted": 6} for n in range(80)]
+    many = [
+        plain | {"dimension": "tone", "name": f"tone: tone {n:03d}", "value": f"tone {n:03d}", "have": n % 7, "wanted": 6}
+        for n in range(80)
+    ]
     found = loop(told(copied(run, tmp_path / "run"), cells=[plain | {"have": 6}, *many]))["cells"]
     assert (len(found["rows"]), found["more"], found["several"]) == (report_loop.CELLS, 21, True)
     assert found["rows"][0]["said"] == "tone: tone 000" and found["rows"][0]["missing"] == 6
