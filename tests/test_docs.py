@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,15 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def script(name: str) -> Any:
+    """The module of a script that writes a page."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
@@ -55,11 +66,7 @@ def test_the_recipe_of_the_readme_is_a_good_one(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_reference_is_what_the_code_says() -> None:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("reference")
     assert module.PAGE.read_text() == module.page(), "run: python docs/reference.py"
 
 
@@ -108,12 +115,7 @@ def test_the_filters_of_the_page_on_filters_load(tmp_path: Path, monkeypatch: py
 
 
 def test_the_faults_that_filters_catch_are_those_that_were_measured() -> None:
-    import json
-
-    spec = importlib.util.spec_from_file_location("faults", ROOT / "docs" / "faults.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("faults")
     text = (ROOT / "docs" / "filters.md").read_text()
     results = json.loads((ROOT / "bench" / "results" / "faults.json").read_text())
     assert module.page(text, results) == text, "run: python docs/faults.py"
@@ -121,12 +123,7 @@ def test_the_faults_that_filters_catch_are_those_that_were_measured() -> None:
 
 
 def test_what_the_loop_is_worth_is_what_was_measured() -> None:
-    import json
-
-    spec = importlib.util.spec_from_file_location("loop", ROOT / "docs" / "loop.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("loop")
     text = (ROOT / "docs" / "loop.md").read_text()
     results = json.loads((ROOT / "bench" / "results" / "loop.json").read_text())
     assert module.page(text, results) == text, "run: python docs/loop.py"
