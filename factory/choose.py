@@ -112,6 +112,11 @@ def represented(chosen: Rows, vectors: Vectors, held: Vectors) -> NDArray[np.flo
     return total / max(n, 1)
 
 
+def worth(representation: NDArray[np.float64], quality: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a choice makes large, of how well the pool is represented and of the mean quality of what is chosen."""
+    return representation + QUALITY * quality
+
+
 def value(chosen: Rows, quality: Numbers, vectors: Vectors, held: Vectors) -> NDArray[np.float64]:
     """What `select` makes large, of the first 0, 1, … all of the chosen rows: shape (k + 1,), each at least the one before.
 
@@ -119,7 +124,7 @@ def value(chosen: Rows, quality: Numbers, vectors: Vectors, held: Vectors) -> ND
     which can be compared with that of as many other rows; the last less that of 100 rows before is what the last hundred added.
     """
     so_far = np.concatenate([[0.0], np.cumsum(quality[chosen], dtype=np.float64)])
-    return represented(chosen, vectors, held) + QUALITY * so_far / max(len(chosen), 1)
+    return worth(represented(chosen, vectors, held), so_far / max(len(chosen), 1))
 
 
 def _near(vectors: Vectors, held: Vectors) -> tuple[NDArray[np.int32], list[tuple[NDArray[np.int32], NDArray[np.int32]]]]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from factory.aim import told
 from factory.cells import CLUSTER, REST, Cell, Grid, cells_of
-from factory.choose import QUALITY, at_random, represented, select
+from factory.choose import QUALITY, at_random, represented, select, worth
 from factory.diversity import hash_order
 from factory.loop import aims_of, tried
 from factory.places import history
@@ -352,8 +352,8 @@ def _against_chance(
     found = [("Represented", "mean cosine of a good row to the nearest that was taken or is real", float(curve[-1]), float(chance[-1]))]
     if np.ptp(quality):  # else no filter ranks
         found.append(("Quality", "mean rank by the filters that rank, 0 to 1", good, usual))
-        worth = float(curve[-1]) + QUALITY * good, float(chance[-1]) + QUALITY * usual
-        found.append(("Worth", f"what the choice makes large: represented, and {QUALITY:g} of quality", *worth))
+        ours, theirs = worth(np.array([curve[-1], chance[-1]]), np.array([good, usual])).tolist()
+        found.append(("Worth", f"what the choice makes large: represented, and {QUALITY:g} of quality", ours, theirs))
     return found
 
 
