@@ -274,8 +274,7 @@ class _Inside:
                 return "timed out"
             ready = self.ears.select(min(left, 0.1))
             ended = not ready and self._ended()  # a grandchild may hold the pipes open
-            # The output first: it was written before the answer.
-            for key, _ in sorted(ready, key=lambda pair: pair[0].fd == self.records):
+            for key, _ in ready:
                 try:
                     data = os.read(key.fd, 65536)
                 except BlockingIOError:
@@ -285,12 +284,23 @@ class _Inside:
                 elif key.fd == self.records:
                     self._hear(data)
                 else:
-                    self.output += data[: max(0, 4 * self.limits.output_chars - len(self.output))]
+                    self._note(data)
             if any(what in record for record in self.said):
+                self._note_the_rest()
                 return "answered"
             if ended or self.size > RECORDS_KB << 10:
                 break
         return "died"
+
+    def _note(self, data: bytes) -> None:
+        self.output += data[: max(0, 4 * self.limits.output_chars - len(self.output))]
+
+    def _note_the_rest(self) -> None:
+        """Read what was written before an answer and may have come after the look that found it."""
+        assert self.process is not None and self.process.stdout is not None
+        with contextlib.suppress(BlockingIOError):
+            while len(self.output) < 4 * self.limits.output_chars and (data := os.read(self.process.stdout.fileno(), 65536)):
+                self._note(data)
 
     def _hear(self, data: bytes) -> None:
         self.size += len(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import selectors
 import shutil
 import socket
 import subprocess
@@ -205,6 +206,19 @@ def test_questions_are_answered_in_order_and_at_once() -> None:
     assert sum(answer.seconds for answer in answers) >= 1.9
     assert time.monotonic() - start < 15
     assert asked([], limits=SHORT) == []
+
+
+def test_output_that_comes_between_a_look_and_the_reading_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test said wakes the reader; output and answer come before it reads, and it reads both pipes' worth of one of them."""
+
+    class Slow(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+            ready = super().select(timeout)
+            time.sleep(0.3 if ready else 0)
+            return ready
+
+    monkeypatch.setattr("filters.sandbox.selectors.DefaultSelector", Slow)
+    assert run("print('late')", "import time; time.sleep(0.1)").output == "late\n"
 
 
 def test_a_lasting_process_goes_on_after_one_that_was_killed() -> None:
