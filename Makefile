@@ -51,7 +51,7 @@ demo: install model
 	$(BIN)/gristmill release examples/bank-intents
 	$(BIN)/python bench/probe.py --seeds examples/bank-intents/seeds.jsonl --version mill/datasets/bank-intents --dev bench/data/banking77_dev.jsonl
 
-# An hour and a half; writes bench/results/*.json.
+# Two hours; writes bench/results/*.json.
 bench: install model
 	$(BIN)/python bench/startup.py --json bench/results/startup.json
 	$(BIN)/python bench/gateway.py --json bench/results/gateway.json

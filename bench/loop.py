@@ -2,7 +2,7 @@
 
     python bench/loop.py [--seeds 0 1 2 3 4] [--cases embedded noisy] [--json out.json]
 
-embedded  The demo's recipe with the teacher of 135M parameters, for 30 rows. *Closed*: its target, as it stands. *Open*: the same lines
+embedded  The demo's recipe with the teacher of 135M parameters, for 60 rows. *Closed*: its target, as it stands. *Open*: the same lines
           ask one round of as many questions, evenly over labels; answers are left out by a hash until no more tokens were written than in
           the closed run; the same filters judge; of the good rows as many as the closed run accepted are drawn by a hash. Both are then
           measured on rows that neither saw: balance (rows of the smallest label by those of the largest), evenness over 64 regions of the
@@ -51,7 +51,7 @@ from trainer.probe import probe_accuracy
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "bank-intents"
 DEV = ROOT / "bench" / "data" / "banking77_dev.jsonl"
-ROWS = 30  # a quarter of the demo's: ten runs of the small teacher take twenty minutes
+ROWS = 60  # half of the demo's: ten runs of the small teacher take about forty minutes
 FOLDS = 5
 NOISY_ROWS = 80
 CLEAN_DRAWS = 5
@@ -118,7 +118,8 @@ def embedded(seed: int, embed: Embed) -> dict[str, Any]:
         aimless = aimless.replace("      share: 0.5\n", f"      share: 0.5\n      by: weight\n      max_calls: {-(-calls * 11 // 20)}\n")
         assert aimless.count("max_calls") == 1, "the recipe has no share: 0.5 any more"
         opened = turned(aimless, Path(folder), "open")
-        ours, theirs = closed.accepted, within(opened, spent)
+        share = min(1.0, spent / tokens(opened))
+        ours, theirs = closed.accepted, within(opened, share)
         drawn = by_hash(theirs, str(seed)).head(ours.height)
         found: dict[str, Any] = {
             "seed": seed,
@@ -126,15 +127,15 @@ def embedded(seed: int, embed: Embed) -> dict[str, Any]:
             "rounds": closed.status["rounds"],
             "seconds": closed.status["seconds"],
         }
-        for name, rows, made, n in (("closed", ours, closed, closed.costs.height), ("open", drawn, opened, opened.costs.height)):
+        for name, rows, made, part in (("closed", ours, closed, 1.0), ("open", drawn, opened, share)):
             rows = rows.select("input", "label")
             fair = rows.join(dev, on="input", how="anti")
             found[name] = {
                 **figures(rows, labels, embed, dev),
                 "by_label": {label: int((rows["label"] == label).sum()) for label in labels},
                 "probe": probe_accuracy(pl.concat([seeds, fair]), dev, embed).accuracy,
-                "calls": n,
-                "tokens_out": tokens(made),
+                "calls": round(part * made.costs.height),
+                "tokens_out": round(part * tokens(made)),
             }
         found["filling"] = [
             {name: stage["reports"][name] for name in ("accepted", "good", "missing")}
@@ -153,9 +154,8 @@ def tokens(folder: RunFolder) -> int:
     return sum(row.tokens_out for row in folder.funnel() if row.kind == "generator")
 
 
-def within(folder: RunFolder, spent: int) -> pl.DataFrame:
-    """The good rows of a run, of as many of its calls as wrote no more than `spent` tokens; by a hash, a call at a time."""
-    share = min(1.0, spent / tokens(folder))
+def within(folder: RunFolder, share: float) -> pl.DataFrame:
+    """The good rows of a run that come from this share of its calls; by a hash, a call at a time."""
     calls = sorted(folder.costs["call"], key=lambda call: hashlib.blake2b(call.encode()).digest())
     return folder.accepted.filter(pl.col("call").is_in(calls[: round(len(calls) * share)]))
 

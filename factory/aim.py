@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from factory.cells import CLUSTER, DERIVED, LABEL, REST, Cell, Grid, apportion
+from factory.cells import CLUSTER, KIND, LABEL, REFUSAL, REST, Cell, Grid, apportion
 from factory.stage import Effort, Need
 
 MEMORY = 0.7  # what a round weighs against the one after it: a teacher that begins to repeat itself is found out in two rounds
@@ -235,7 +235,7 @@ def as_place(grid: Grid, cell: Cell) -> Need:
     without = {
         name: tuple(value for value in grid.quotas[name] if value != REST)
         for name, value in zip(grid.quotas, cell, strict=True)
-        if value == REST and name not in (CLUSTER, *DERIVED)
+        if value == REST and name not in (CLUSTER, REFUSAL)
     }
-    axes = {name: value for name, value in values.items() if name not in (LABEL, CLUSTER, *DERIVED)}
-    return Need(missing=0, label=values.get(LABEL), cluster=values.get(CLUSTER), axes=axes, without=without)
+    axes = {name: value for name, value in values.items() if name not in (LABEL, CLUSTER, KIND, REFUSAL)}
+    return Need(0, values.get(LABEL), values.get(CLUSTER), values.get(KIND), axes, without)

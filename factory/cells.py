@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from factory.errors import RunError
 from factory.refusal import refusal_pattern
 from schemas.recipe import Target
+from schemas.sample import KINDS
 
 Cell = tuple[str, ...]  # a value in each dimension
 
 REST = "\0"  # the value under which falls what has no quota of its own; no label that a person wrote
 LABEL, CLUSTER, KIND, REFUSAL = "label", "cluster", "kind", "refusal"
 SPARED = 0.1  # of the rows that are wished for to choose from: as few may be missing
-DERIVED = {KIND: ("chat", "preference", "text"), REFUSAL: ("yes", "no")}
+GIVEN = {KIND: KINDS, REFUSAL: ("yes", "no")}  # what every row has, whatever a recipe varies
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def grid_of(target: Target, seeds: pl.DataFrame, axes: Mapping[str, Sequence[str
 
     RunError where a quota names a label, axis or value that nothing can give, or quotas ask for more rows than the target.
     """
-    known: dict[str, list[str]] = {name: list(values) for name, values in axes.items()} | {n: list(v) for n, v in DERIVED.items()}
+    known: dict[str, list[str]] = {name: list(values) for name, values in axes.items()} | {n: list(v) for n, v in GIVEN.items()}
     known[LABEL] = sorted(seeds["label"].drop_nulls().unique().to_list())
     known[CLUSTER] = sorted(clusters or {})
     balanced = target.balanced
@@ -72,7 +73,7 @@ def grid_of(target: Target, seeds: pl.DataFrame, axes: Mapping[str, Sequence[str
                 next="Name the column with `seeds: {label: …}`, or leave it out.",
             )
         if name not in known:
-            there = ", ".join([LABEL, CLUSTER, *DERIVED, *axes])
+            there = ", ".join([LABEL, CLUSTER, *GIVEN, *axes])
             raise RunError(f"the target is by {name!r}, which no generator varies", next=f"There are {there}: name an axis of a generator.")
         quotas[name] = _quota(target, name, known[name], target.quotas.get(name, {}), fill=name in balanced)
     soft = frozenset({CLUSTER} if target.reference is None and target.proportions is None else ())
@@ -231,7 +232,7 @@ def missing(grid: Grid, there: Mapping[Cell, int], rng: random.Random, oversampl
 
     Each dimension's lacking values are one deck of cards, shuffled in runs of `run` equal ones (what a call can bring); one card of
     every deck makes a row's cell. A dimension that lacks less than another is filled up with its values in the proportions of their
-    quotas. Derived dimensions, which nobody can be asked for, count in how many rows are missing; in the cells they stand as `REST`.
+    quotas. Whether an answer refuses, which nobody can be asked for, counts in how many rows are missing; in the cells it stands as `REST`.
     """
     have, wanted = by_value(grid, there), grid.wanted(oversample)
     if not grid.quotas:
@@ -242,7 +243,7 @@ def missing(grid: Grid, there: Mapping[Cell, int], rng: random.Random, oversampl
     decks = []
     for name, lack in lacking.items():
         fill = apportion(most - sum(lack.values()), grid.quotas[name])
-        whole = {REST: most} if name in DERIVED else {value: lack[value] + fill[value] for value in lack}
+        whole = {REST: most} if name == REFUSAL else {value: lack[value] + fill[value] for value in lack}
         runs = [[value] * min(run, n - start) for value, n in whole.items() for start in range(0, n, run)]
         if len(grid.quotas) > 1:
             rng.shuffle(runs)

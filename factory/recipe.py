@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from factory import plugins
-from factory.cells import CLUSTER, DERIVED, LABEL
+from factory.cells import CLUSTER, GIVEN, LABEL
 from factory.errors import GristmillError, Problem, RecipeError
 from factory.stage import Effort, Filter, Generator, RecipeFile, Stage, TeacherNames
 from factory.teacher import Teacher
@@ -418,7 +418,7 @@ class _Reading:
         if target is None:
             return
         axes = {name for stage in stages if isinstance(stage, Generator) for name in stage.effort(()).axes}
-        known = [LABEL, CLUSTER, *DERIVED, *sorted(axes)]
+        known = [LABEL, CLUSTER, *GIVEN, *sorted(axes)]
         for key, names in (("balance", target.balanced), ("quotas", tuple(target.quotas))):
             for name in names:
                 if name not in known:

@@ -56,12 +56,15 @@ from schemas.manifest import (
     RunFacts,
     Safety,
     SeedsFound,
+    Split,
     SplitRule,
     TeacherFacts,
     TeacherTerms,
+    split_file,
+    split_files,
 )
 from schemas.recipe import ReleasePlan
-from schemas.sample import Provenance, Sample
+from schemas.sample import Kind, Provenance, Sample
 from schemas.watch import Watch
 
 Embed = Callable[[Sequence[str]], Vectors]
@@ -72,6 +75,7 @@ LINEAGE = pl.Schema(
         "split": pl.String(),
         "near_group": pl.String(),  # the smallest id of the row's near-duplicates
         "label": pl.String(),
+        "kind": pl.String(),  # chat, preference, text
         "cluster": pl.Int64(),  # as coverage has it; -1 none, null without coverage
         "cluster_name": pl.String(),
         "place": pl.Int64(),  # the cluster by a number that stays the same over versions
@@ -167,7 +171,8 @@ def release(
     public = MaskedRun(run.path)
     cut = _cut(run, public, plan, versions, embed)
     number = versions[-1].manifest.version + 1 if versions else 1
-    tables = {f"{split}.jsonl": _jsonl(cut.rows.filter(pl.col("split") == split), public) for split in SPLITS}
+    of_file = _by_file(cut.rows)
+    tables = {file: _jsonl(rows, public) for file, rows in of_file.items()}
     if versions and not force:
         _refuse_the_same(tables, versions[-1].manifest, home)
 
@@ -188,7 +193,7 @@ def release(
         write_bytes(part / "README.md", _card(manifest).encode())
         splits = dict(lineage.select("id", "split").iter_rows())
         varied = write_report(part / "report.html", public, embed, title=manifest.title, facts=facts, splits=splits, reference=reference)
-        rows = {f"{split}.jsonl": manifest.counts.split[split] for split in SPLITS} | {"lineage.parquet": lineage.height}
+        rows = {file: frame.height for file, frame in {**of_file, "lineage.parquet": lineage}.items()}
         files = {path.name: _file_facts(path, rows.get(path.name)) for path in sorted(part.iterdir())}
         manifest = manifest.model_copy(update={"files": files, "diversity": varied})
         write_json(part / "manifest.json", manifest.model_dump(mode="json"))
@@ -240,13 +245,11 @@ def _cut(run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequenc
     made = run.accepted
     if made.is_empty():
         raise ReleaseError("this run has no accepted rows", where=str(run.path), next="`gristmill show` says what became of its samples.")
-    kinds = made["kind"].unique().sort().to_list()
-    if len(kinds) > 1:
-        raise ReleaseError(f"a version holds rows of one kind; this run made {' and '.join(kinds)}", where=str(run.path))
 
     # Masked before anything is compared: what two rows have in common is what people will read in them.
     rows = masked(run.of_fate("accepted", "real", "holdout"), all_spans(public.spans))
-    old, left_behind = _last_rows(run, public, plan, versions, kinds[0])
+    old, left_behind = _last_rows(run, public, plan, versions)
+    kinds = sorted({*made["kind"], *old["kind"]})
     rows = pl.concat([rows.with_columns(earlier=pl.lit(False), content=_content(rows, public)), old], how="diagonal")
     known = {row: split for version_ in versions for row, split in version_.split_of.items()}  # the latest word on a row
     tests = {row: text for version_ in versions for row, text in version_.test.items()}
@@ -276,15 +279,18 @@ def _cut(run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequenc
     ).with_columns(near_group=pl.col("id").min().over("group"), near_test=(pl.col("pin") == "test").any().over("group"))
     bound = pl.when("near_test").then(pl.lit("test")).when((pl.col("pin") == "train").any().over("group")).then(pl.lit("train"))
 
+    # A preference and the conversation that it goes on from have one text, and neither stands for the other.
+    of_kind = {kind: (asked["kind"] == kind).fill_null(False) for kind in kinds}
+    stood_for = [row for rows_ in of_kind.values() for row in _stood_for(asked.filter(rows_), vectors[rows_.to_numpy()])]
     stays_out = (
         pl.when(pl.col("kind").is_null())
         .then(pl.lit("in an earlier version only"))
-        .when(pl.col("id").is_in(_stood_for(asked, vectors)))
+        .when(pl.col("id").is_in(stood_for))
         .then(pl.lit("a new row is like it"))
         .when(pl.col("earlier") & (bound != pl.col("pin")))
         .then(pl.lit("a new row near it would move it to another split"))
-        .when(pl.col("kind") != kinds[0])
-        .then(pl.lit(f"real, but not {kinds[0]} as the made rows are"))
+        .when(~pl.col("kind").is_in(kinds))
+        .then(pl.lit(f"real, but not {' or '.join(kinds)} as the made rows are"))
         .when(pl.col("id").is_in(_doubles(rows, list(tests))))
         .then(pl.lit("the same as another row once both are masked"))
         .when(pl.col("shown") & pl.col("near_test"))
@@ -367,7 +373,7 @@ def _version_folders(home: Path) -> list[Path]:
 
 def _earlier(folder: Path) -> _Version:
     manifest = open_version(folder)
-    test = {row: _compared(sample) for row, sample in _read_back(folder / "test.jsonl")}
+    test = {row: _compared(sample) for row, sample in _read_back(folder, "test")}
     return _Version(folder, manifest, _lineage_of(folder, manifest), test)
 
 
@@ -387,13 +393,11 @@ def _lineage_of(folder: Path, manifest: Manifest) -> pl.DataFrame:
     return lineage.with_columns(pl.col(name).fill_null([]) for name in ("parents", "scores", "masked", "audit"))
 
 
-def _last_rows(
-    run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequence[_Version], kind: str
-) -> tuple[pl.DataFrame, Counter[str]]:
+def _last_rows(run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequence[_Version]) -> tuple[pl.DataFrame, Counter[str]]:
     """Rows of the last version that the run does not hold, as `SAMPLES`, `CARRIED`, `earlier` and `content`; and how many stay behind, why.
 
-    Behind stay made rows that the run judged and turned down, those whose prompt showed what is set aside for test now, rows of
-    another kind, and what the plan does not want. Real rows that are no longer among the seeds stay: a person chose them.
+    Behind stay made rows that the run judged and turned down, those whose prompt showed what is set aside for test now, and what the
+    plan does not want. Real rows that are no longer among the seeds stay: a person chose them.
     """
     types = {name: LINEAGE[name] for name in CARRIED}
     if not versions:
@@ -407,8 +411,6 @@ def _last_rows(
         .then(pl.lit("earlier rows were not wanted"))
         .when(pl.lit(plan.earlier == "made") & real)
         .then(pl.lit("real, and no longer among the seeds"))
-        .when(pl.col("kind") != kind)
-        .then(pl.format("{}, and this run made {}", "kind", pl.lit(kind)))
         .when(~real & pl.col("id").is_in(_turned_down(run, rows, here, versions)))
         .then(pl.lit("turned down by this run"))
         .when(pl.col("parents").list.eval(pl.element().is_in(aside)).list.any())
@@ -426,7 +428,7 @@ def _last_rows(
 
 def _rows_of(version_: _Version) -> pl.DataFrame:
     """All rows of a version as `SAMPLES` (real rows of test as set aside), with `CARRIED`, `split`, and the id of their `content`."""
-    read = [pair for split in SPLITS for pair in _read_back(version_.folder / f"{split}.jsonl")]
+    read = list(_read_back(version_.folder, *SPLITS))
     told = ("split", "parents", "call", "template", "axes", "source", "meta", *CARRIED)
     content = samples_frame(sample for _, sample in read).rename({"id": "content"}).with_columns(id=pl.Series([row for row, _ in read]))
     rows = content.drop(set(told) & set(content.columns)).join(version_.lineage.select("id", *told), on="id", maintain_order="left")
@@ -503,7 +505,7 @@ def _places(lineage: pl.DataFrame, versions: Sequence[_Version]) -> pl.DataFrame
 
 
 def _refuse_the_same(tables: Mapping[str, bytes], last: Manifest, home: Path) -> None:
-    if all(last.files[file].sha256 == hashlib.sha256(data).hexdigest() for file, data in tables.items()):
+    if all(file in last.files and last.files[file].sha256 == hashlib.sha256(data).hexdigest() for file, data in tables.items()):
         raise AlreadyReleased(
             f"{last.name} v{last.version} already holds exactly these rows",
             home / f"v{last.version}",
@@ -512,6 +514,16 @@ def _refuse_the_same(tables: Mapping[str, bytes], last: Manifest, home: Path) ->
 
 
 # -- the files -----------------------------------------------------------------------------------------------------------
+
+
+def _by_file(rows: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """The rows of each file: one a split, or one a kind and split, since trainers read files whose rows all have the same keys."""
+    kinds: list[Kind] = rows["kind"].unique().sort().to_list()
+    there = [(split, kind) for split in SPLITS for kind in kinds]
+    return {
+        split_file(split, kind if len(kinds) > 1 else None): rows.filter((pl.col("split") == split) & (pl.col("kind") == kind))
+        for split, kind in there
+    }
 
 
 def _jsonl(rows: pl.DataFrame, public: MaskedRun) -> bytes:
@@ -541,19 +553,20 @@ def _line(row: str, sample: Sample, *, masks: bool) -> dict[str, Any]:
     return {**content[sample.kind], "meta": meta}
 
 
-def _read_back(path: Path) -> Iterator[tuple[str, Sample]]:
-    """The ids and samples of a released file; StoreError where the content of a row is not what its id says."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            row = json.loads(line)
-            meta = row.pop("meta")
-            if "prompt" in row:
-                row["messages"] = row.pop("prompt")
-            where = Provenance(origin=meta["origin"], generator=meta["generator"], round=meta["round"], teacher=meta["teacher"])
-            sample = Sample.model_validate({**row, "label": meta["label"], "provenance": where})
-            if sample.id != (said := meta.get("masked") or meta["id"]):
-                raise StoreError(f"line {number} says that it is {said}, and its content is {sample.id}", where=str(path))
-            yield meta["id"], sample
+def _read_back(folder: Path, *splits: Split) -> Iterator[tuple[str, Sample]]:
+    """The ids and samples of a version's splits; StoreError where the content of a row is not what its id says."""
+    for path in split_files(folder, splits):
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                meta = row.pop("meta")
+                if "prompt" in row:
+                    row["messages"] = row.pop("prompt")
+                where = Provenance(origin=meta["origin"], generator=meta["generator"], round=meta["round"], teacher=meta["teacher"])
+                sample = Sample.model_validate({**row, "label": meta["label"], "provenance": where})
+                if sample.id != (said := meta.get("masked") or meta["id"]):
+                    raise StoreError(f"line {number} says that it is {said}, and its content is {sample.id}", where=str(path))
+                yield meta["id"], sample
 
 
 def _compared(sample: Sample) -> str:
@@ -610,7 +623,7 @@ def _leak_check(folder: Path, run: RunFolder, versions: Sequence[_Version], embe
             where=str(run.path),
             next="This is a bug in the stage that made it.",
         )
-    written = {split: list(_read_back(folder / f"{split}.jsonl")) for split in SPLITS}
+    written = {split: list(_read_back(folder, split)) for split in SPLITS}
     placed = {(row, split) for split, samples in written.items() for row, _ in samples}
     if placed != set(lineage.select("id", "split").iter_rows()):
         raise ReleaseError("the written rows are not those of the lineage", where=str(folder))
@@ -709,6 +722,7 @@ def _counts(lineage: pl.DataFrame) -> Counts:
         cluster=by("cluster_name"),
         since={f"v{since}": n for since, n in lineage.group_by("since").len().sort("since").iter_rows()},
         depth={str(depth): n for depth, n in lineage.group_by("depth").len().sort("depth").iter_rows()},
+        kind_by_split={name: by("kind", rows) for name, rows in of_split.items()},
     )
 
 
@@ -841,9 +855,17 @@ def _card(manifest: Manifest) -> str:
         m=manifest,
         hub_licence=manifest.licence if re.fullmatch(r"[a-z0-9.-]+", manifest.licence or "") else None,
         size=size,
-        splits=[split for split in SPLITS if manifest.counts.split[split]],
+        configs=_configs(manifest.counts),
         labels=[label for label in manifest.counts.label if label],
     )
+
+
+def _configs(counts: Counts) -> dict[str, list[tuple[Split, str, int]]]:
+    """Split, file and rows of each configuration by which dataset libraries load a version: one, or one a kind."""
+    kinds: list[Any] = sorted({kind for of in counts.kind_by_split.values() for kind in of})
+    if len(kinds) == 1:
+        return {"default": [(split, split_file(split), counts.split[split]) for split in SPLITS]}
+    return {kind: [(split, split_file(split, kind), counts.kind_by_split[split].get(kind, 0)) for split in SPLITS] for kind in kinds}
 
 
 # -- whole or absent -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import polars as pl
 from factory import plugins
 from factory.errors import GristmillError
 from factory.store import samples_frame
-from schemas.manifest import SPLITS
+from schemas.manifest import split_files
 from schemas.sample import Failure, Sample
 
 MANIFEST = "manifest.json"
@@ -46,7 +46,7 @@ def read_rows(path: Path) -> Iterator[tuple[Any, Sample | Failure]]:
 
 def _parts(path: Path) -> list[Path]:
     if path.is_dir() and (path / MANIFEST).is_file():
-        return [file for split in SPLITS if (file := path / f"{split}.jsonl").is_file() and file.stat().st_size]
+        return [file for file in split_files(path) if file.stat().st_size]
     return [path]
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from factory.errors import GristmillError
 from schemas.call import Answer, Call
-from schemas.sample import Failure, Sample
+from schemas.sample import KINDS, Failure, Kind, Sample
 
 Vectors = NDArray[np.float32]
 
@@ -32,17 +32,18 @@ class Tried:
 class Need:
     """A place of the target that is still thin, as one generator is to fill it.
 
-    `label`, `cluster` (its number) and `axes` (values that its rows must have) say which place; nothing of them: anywhere. `without`
-    are labels and values of axes that have places of their own. `missing` is how many accepted rows this generator is to bring;
-    `rate` how many accepted rows a sample asked for has given so far (None before the first round); `teachers` the effort of each,
-    in parts (empty: the generator's own). `exemplars` are ids of samples that show what is missing, and `name` says it in words;
-    `tried` are some that were rejected there, so that a second try differs from the first. `aim` is the place's name in the records:
-    a generator hands it on with its calls.
+    `label`, `cluster` (its number), `kind` (chat, preference, text) and `axes` (values that its rows must have) say which place; nothing
+    of them: anywhere. `without` are labels, kinds and values of axes that have places of their own. `missing` is how many accepted rows
+    this generator is to bring; `rate` how many accepted rows a sample asked for has given so far (None before the first round);
+    `teachers` the effort of each, in parts (empty: the generator's own). `exemplars` are ids of samples that show what is missing, and
+    `name` says it in words; `tried` are some that were rejected there, so that a second try differs from the first. `aim` is the place's
+    name in the records: a generator hands it on with its calls.
     """
 
     missing: int
     label: str | None = None
     cluster: str | None = None
+    kind: str | None = None
     axes: Mapping[str, str] = field(default_factory=dict)
     without: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rate: float | None = None
@@ -58,16 +59,24 @@ class Effort:
     """What part of the missing rows a generator brings through each teacher, before anything is known of yields.
 
     Parts of several generators are weighed against each other, and what they add up to beyond one is scaled down. `fixed`: yields change
-    nothing. `per_call`: the samples that a call brings. `axes` are the values that it can be asked for.
+    nothing. `per_call`: the samples that a call brings. `axes` are the values that it can be asked for; `kinds` what its samples are
+    (none named: any). `follows`: its samples take label, axes and cluster from rows that are there, so it can be asked for any of them.
     """
 
     shares: Mapping[str, float]
     fixed: bool = False
     per_call: int = 1
     axes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    kinds: tuple[Kind, ...] = ()
+    follows: bool = False
 
     def serves(self, need: Need) -> bool:
-        """Whether it can make rows of this place, as far as axes go."""
+        """Whether it can make rows of this place, as far as axes and kinds go."""
+        kinds = set(self.kinds or KINDS) - set(need.without.get("kind", ()))
+        if not (kinds if need.kind is None else need.kind in kinds):
+            return False
+        if self.follows:
+            return True
         fits = all(value in self.axes.get(name, ()) for name, value in need.axes.items())
         left = all(set(self.axes[name]) - set(values) for name, values in need.without.items() if name in self.axes)
         return fits and left

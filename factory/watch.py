@@ -24,7 +24,7 @@ from factory.rows import read_samples
 from factory.stage import Vectors
 from factory.store import SAMPLES
 from factory.words import flat, words
-from schemas.manifest import SPLITS
+from schemas.manifest import split_files
 from schemas.watch import Watch
 
 Embed = Callable[[Sequence[str]], Vectors]
@@ -177,7 +177,7 @@ def look_at_version(folder: Path, embed: Embed) -> Figures:
     """
     lineage = pl.read_parquet(folder / "lineage.parquet")
     deep = lineage.select("id", "depth") if "depth" in lineage.columns else depths(lineage)
-    files = [path for split in SPLITS if (path := folder / f"{split}.jsonl").exists() and path.stat().st_size]
+    files = [path for path in split_files(folder) if path.stat().st_size]
     texts = pl.concat([SAMPLES.to_frame(), *map(read_samples, files)])  # not as a version: it may be on its way to become one
     texts = texts.select("input", "output", id=pl.col("meta").str.json_path_match("$.id"))
     rows = lineage.select("id", "origin", "parents", "teacher", "label").join(texts, on="id", maintain_order="left")

@@ -55,9 +55,10 @@ class Pairs(Filter):
     That a judge may prefer a place, and that only answers which survive the swap tell anything, is after Zheng et al. 2023
     (arXiv 2306.05685). Score: 1, both orders prefer the chosen answer; 0.5, one does and one calls it a tie; 0, both tie, or they
     contradict each other; -0.5 and -1, the same for the rejected answer. Reasons: "rejected is better" (both orders say so; the
-    detail sends it to people), "tie", "order decides", and "not judged" where an order has no answer, or where the row is no
-    preference; then `on_failure` decides. Reported are, over all rows with both answers so far, the share that the order decided,
-    and of all choices the share that fell on the first answer: 0.5 for a judge without a liking for a place.
+    detail sends it to people), "tie", "order decides", and "not judged" where an order has no answer; then `on_failure` decides. A row
+    that is no preference stays: there is nothing to compare in it. Reported are how many such rows came; over all rows with both
+    answers so far, the share that the order decided; and of all choices the share that fell on the first answer: 0.5 for a judge
+    without a liking for a place.
     """
 
     key = "pairs"
@@ -77,10 +78,10 @@ class Pairs(Filter):
         """One verdict a sample; `detail` holds what both orders said, teacher, calls, and the `length` of both answers in characters."""
         lengths = {id_: [len(chosen), len(rejected)] for id_, _, chosen, rejected in _preferences(samples)}
         verdicts = [
-            Verdict(sample=id_, by="", keep=self.on_failure == "keep", reason=NOT_JUDGED, detail={"error": "this row is no preference"})
+            Verdict(sample=id_, by="", keep=True, detail={"error": "this row is no preference"})
             for id_ in samples.filter(pl.col("kind") != "preference")["id"]
         ]
-        seen: Counter[str] = Counter()
+        seen = Counter({"no preference": len(verdicts)})
         for sample, answers in together(self.questions(samples, ctx), ctx, len(_ORDERS)):
             verdicts.append(self._verdict(sample, answers, lengths[sample], seen))
             ctx.progress(len(verdicts), samples.height)
@@ -132,6 +133,8 @@ class Pairs(Filter):
                 self._counts, self._counted = Counter(), weakref.ref(ctx)
             self._counts += seen
             rows, choices = self._counts["rows"], self._counts["choices"]
+            if self._counts["no preference"]:
+                ctx.report("no preference", self._counts["no preference"])
             if rows:
                 ctx.report("order decides", round(self._counts["order decides"] / rows, 4))
             if choices:

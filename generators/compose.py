@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 import re
 import traceback
 from collections import Counter, defaultdict
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, cast
 
 import jinja2
 import polars as pl
@@ -25,13 +23,13 @@ from factory.errors import GristmillError
 from factory.recipe import did_you_mean
 from factory.stage import Context, Effort, Generator, Need, RecipeFile, TeacherNames
 from factory.structured import schema_of
+from generators.dealing import DRAWS_A_ROUND, calls_for, dealt, deck, in_turn, shares
 from generators.parse import How, Item, Parsed, continued, parse
 from schemas.call import Answer, Call, Params
 from schemas.sample import Failure, Message, Provenance, Role, Sample
 
 Form = Literal["chat", "completion"]
 Task = Literal["label", "pairs", "text", "inputs"]
-T = TypeVar("T")
 Value = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -50,8 +48,6 @@ _SHIPPED: Mapping[str, tuple[How, tuple[str, ...], tuple[str, ...] | None]] = {
     "text-chat": ("json", (), ()),
     "text-completion": ("blocks", ("\nExample",), ("\nExample {next}",)),
 }
-_LOWEST_RATE = 0.01  # whatever a need says, a place is not asked for more than a hundred times what it lacks
-_DRAWS_A_ROUND = 1_000_000  # draws of one round begin here times its number, so that no two rounds ask the same question
 
 
 class Compose(Generator):
@@ -133,10 +129,8 @@ class Compose(Generator):
 
     def effort(self, teachers: Sequence[str]) -> Effort:
         """Its share, divided by the weights of its teachers."""
-        weights = self.teachers if isinstance(self.teachers, dict) else dict.fromkeys(self.teachers or teachers, 1.0)
-        shares = {name: self.share * weight / sum(weights.values()) for name, weight in weights.items()}
         fixed = self.by == "weight" or (self.by == "auto" and isinstance(self.teachers, dict))
-        return Effort(shares, fixed, self.per_call, self.axes)
+        return Effort(shares(self.teachers, teachers, self.share), fixed, self.per_call, self.axes, kinds=("chat", "text"))
 
     def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
         """Ask, and yield what the answers hold; GristmillError, before anything is asked, where a template can't be filled in."""
@@ -162,13 +156,13 @@ class Compose(Generator):
         own = self.effort(ctx.teachers).shares
         owed: dict[str, float] = defaultdict(float)
         places = [
-            self._prompts(need, seeds, samples, ctx, _dealt(need.teachers or own, owed, ctx.rng)) for need in ctx.needs if need.missing > 0
+            self._prompts(need, seeds, samples, ctx, dealt(need.teachers or own, owed, ctx.rng)) for need in ctx.needs if need.missing > 0
         ]
         drawn: Counter[str] = Counter()
         questions = []
-        for ref, prompt in enumerate(islice(_in_turn(places), self.max_calls)):
+        for ref, prompt in enumerate(islice(in_turn(places), self.max_calls)):
             text = wording.fill(self._names(prompt, seeds))
-            draw = ctx.round * _DRAWS_A_ROUND + drawn[text]
+            draw = ctx.round * DRAWS_A_ROUND + drawn[text]
             drawn[text] += 1  # by text and not by teacher: two names may stand for one model
             asked: dict[str, Any] = {"prompt": text} if wording.form == "completion" else {"messages": _turns(text)}
             params = self._params(prompt, seeds, path.stem)
@@ -207,13 +201,13 @@ class Compose(Generator):
 
     def _prompts(self, need: Need, seeds: _Seeds, samples: pl.DataFrame, ctx: Context, teachers: Iterator[str]) -> Iterator[_Prompt]:
         """What to show and ask for at one place, each prompt `draws` times; axes and teachers are balanced."""
-        calls = math.ceil(need.missing / (self.per_call * max(0.5 if need.rate is None else need.rate, _LOWEST_RATE)))
+        calls = calls_for(need, self.per_call)
         pool = seeds.at(need, samples, ctx)
-        labels = _deck([row["label"] for row in pool] or [need.label], ctx.rng)  # in the proportions of the real ones there
-        axes = {name: _deck(_open(name, values, need), ctx.rng) for name, values in self.axes.items()}
+        labels = deck([row["label"] for row in pool] or [need.label], ctx.rng)  # in the proportions of the real ones there
+        axes = {name: deck(_open(name, values, need), ctx.rng) for name, values in self.axes.items()}
         exemplars = seeds.exemplars(need)
         tried = [{"text": each.text, "why": each.why} for each in need.tried]
-        about = _deck((self.about,) if isinstance(self.about, str) else self.about, ctx.rng)
+        about = deck((self.about,) if isinstance(self.about, str) else self.about, ctx.rng)
         for first in range(0, calls, self.draws):
             label = next(labels)
             here = [row for row in pool if row["label"] == label]
@@ -496,41 +490,3 @@ def _turns(text: str) -> tuple[Message, ...]:
 def readable(call: Call) -> str:
     """A call as a person reads it."""
     return call.prompt if call.prompt is not None else "\n\n".join(f"--- {m.role}\n{m.content}" for m in call.messages)
-
-
-# Balance
-
-
-def _deck(cards: Sequence[T], rng: random.Random) -> Iterator[T]:
-    """Cards in random order without end, each as often as the others."""
-    while True:
-        yield from rng.sample(cards, len(cards))
-
-
-def _dealt(weights: Mapping[str, float], owed: dict[str, float], rng: random.Random) -> Iterator[str]:
-    """Names without end, each as often as its weight says, in this deck and in all that share `owed`.
-
-    Of a single deck no name is ever a whole one ahead or behind. Of many short ones each alone can't keep the proportions: what
-    it owes a name, the others make up for.
-    """
-    total = sum(weights.values())
-    due = {name: rng.random() * weight / total for name, weight in weights.items()}  # where in its turn each begins
-    while True:
-        for name, weight in weights.items():
-            due[name] += weight / total
-            owed[name] += weight / total
-        name = max(due, key=lambda each: due[each] + owed[each])
-        due[name] -= 1
-        owed[name] -= 1
-        yield name
-
-
-def _in_turn(queues: Sequence[Iterator[T]]) -> Iterator[T]:
-    """One of each queue, again and again, until all are empty."""
-    waiting = list(queues)
-    while waiting:
-        for queue in tuple(waiting):
-            try:
-                yield next(queue)
-            except StopIteration:
-                waiting.remove(queue)

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from schemas.sample import KINDS, Kind
 
 MANIFEST_FORMAT = "m1"
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def split_file(split: Split, kind: Kind | None = None) -> str:
+    """The name of a version's file: `train.jsonl`; in a version of rows of several kinds there is one a kind: `preference-train.jsonl`."""
+    return f"{kind}-{split}.jsonl" if kind else f"{split}.jsonl"
+
+
+def split_files(folder: Path, splits: Sequence[Split] = SPLITS) -> list[Path]:
+    """The files of a version that hold the rows of these splits, whatever their kinds."""
+    names = [split_file(split, kind) for split in splits for kind in (None, *KINDS)]
+    return [path for name in names if (path := folder / name).is_file()]
 
 
 class _Record(BaseModel):
@@ -74,8 +89,8 @@ class FunnelLine(_Record):
 class Counts(_Record):
     """Rows of the version; `cluster` counts by the name that coverage gave, "" stands for none.
 
-    `since` counts by the version in which a row first stood, `depth` by generation: "0" real, "1" made from real rows alone, and so on.
-    Both are empty in manifests that were written before there were such counts.
+    `since` counts by the version in which a row first stood, `depth` by generation: "0" real, "1" made from real rows alone, and so on;
+    `kind_by_split` counts by kind (chat, preference, text). They are empty in manifests that were written before there were such counts.
     """
 
     total: int
@@ -88,6 +103,7 @@ class Counts(_Record):
     cluster: dict[str, int]
     since: dict[str, int] = Field(default_factory=dict)
     depth: dict[str, int] = Field(default_factory=dict)
+    kind_by_split: dict[str, dict[str, int]] = Field(default_factory=dict)
 
 
 class Accumulated(_Record):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,6 +12,7 @@ from schemas.canonical import content_hash
 Role = Literal["system", "user", "assistant", "tool"]
 Kind = Literal["chat", "preference", "text"]
 Origin = Literal["real", "made"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Message(BaseModel):

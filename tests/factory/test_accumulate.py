@@ -221,11 +221,12 @@ def test_rows_whose_prompt_showed_what_is_set_aside_now_are_left_behind(tmp_path
     assert open_version(v2).accumulated.left_out == {"made from a row that is set aside for test now": len(tainted)}
 
 
-def test_a_version_holds_rows_of_one_kind(tmp_path, one, v1):
+def test_rows_of_another_kind_stay(tmp_path, one, v1):
     texts = [Sample(text=f"A note about {topic}.", provenance=one[0].provenance) for topic in ("rain", "tax", "chess")]
     v2 = cut(write_run(tmp_path / "two", [], texts, []), tmp_path)
-    assert lines(v2).keys() == {text.id for text in texts}
-    assert open_version(v2).accumulated.left_out == {"chat, and this run made text": len(one) + len(REAL)}
+    now = pl.read_parquet(v2 / "lineage.parquet")
+    assert set(now.filter(pl.col("kind") == "text")["id"]) == {text.id for text in texts}
+    assert now.filter(pl.col("kind") == "chat").height == open_version(v2).accumulated.rows == len(one) + len(REAL)
 
 
 # -- real rows -------------------------------------------------------------------------------------------------------------

@@ -119,6 +119,18 @@ def test_a_place_goes_to_lines_that_can_make_it() -> None:
     assert [(need.axes, need.without, need.missing) for need in found["02-a"]] == [({}, {"case": ("edge",)}, 8)]
 
 
+def test_a_kind_is_asked_of_a_line_that_makes_it() -> None:
+    grid = Grid(10, {"kind": {"preference": 2, REST: 8}, "tone": {"angry": 10}})
+    chats, pairs = Effort({"t": 1.0}, axes={"tone": ("angry",)}, kinds=("chat",)), Effort({"t": 1.0}, kinds=("preference",), follows=True)
+    lacking = {("preference", "angry"): 2, (REST, "angry"): 8}
+    place = {cell: as_place(grid, cell) for cell in lacking}
+    found = orders(lacking, grid, {"02-a": chats, "03-b": pairs}, Yields(evidence(), 1), "s", explore=0.1, place=place)
+    assert [(need.kind, need.missing) for need in found["03-b"]] == [("preference", 2)]
+    assert [(need.without, need.missing) for need in found["02-a"]] == [({"kind": ("preference",)}, 8)]
+    assert servable(Counter(lacking), grid, {"02-a": chats})[1] == Counter({("preference", "angry"): 2})
+    assert Effort({"": 1.0}).serves(Need(1, kind="text"))  # of a generator that does not say, any kind may come
+
+
 def test_cells_that_no_line_can_make_trade_their_values() -> None:
     grid = Grid(4, {"case": {"edge": 2, REST: 2}, "tone": {"angry": 2, REST: 2}})
     lines = {"02-a": Effort({"t": 1.0}, axes={"tone": ("angry", "calm")}), "03-b": Effort({"t": 1.0}, axes={"case": ("edge",)})}
@@ -146,8 +158,8 @@ def test_cells_have_names_for_records_and_for_people() -> None:
     assert aim_of(GRID, ("a",)) == A
     assert told(A) == "label: a"
     assert (aim_of(Grid(3), ()), told("{}")) == ("{}", "anywhere")
-    grid = Grid(4, {"label": {"a": 1, REST: 3}, "cluster": {"0": 4}, "kind": {"chat": 4}})
-    assert as_place(grid, (REST, "0", "chat")) == Need(missing=0, cluster="0", without={"label": ("a",)})
+    grid = Grid(4, {"label": {"a": 1, REST: 3}, "cluster": {"0": 4}, "kind": {"chat": 4}, "refusal": {"yes": 1, REST: 3}})
+    assert as_place(grid, (REST, "0", "chat", REST)) == Need(missing=0, cluster="0", kind="chat", without={"label": ("a",)})
 
 
 def test_a_draw_is_no_finer_than_it_says() -> None:

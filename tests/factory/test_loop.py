@@ -28,6 +28,7 @@ from filters.exact import Exact
 from filters.fits import Fits
 from filters.rules import Rules
 from generators.compose import Compose
+from generators.contrast import Contrast
 from generators.seeds import Seeds
 from schemas.call import Call, Params, Reply
 from schemas.manifest import ReleaseFacts
@@ -240,6 +241,58 @@ def test_rows_are_spread_over_clusters_and_asked_for_by_name(tmp_path: Path) -> 
     at = standing(mill, folder, folder.of_fate("real"), folder.status["rounds"] + 1)
     assert at.grid.soft == {"cluster"}
     assert set(at.names) >= set(at.grid.quotas["cluster"])
+
+
+class Wrong(Writer):
+    """Answers a message, and badly: with another label than the right one."""
+
+    model: str = "wrong"
+
+    @asynccontextmanager
+    async def connect(self, home: Path) -> AsyncIterator[Connection]:
+        yield _Guess(self)
+
+
+class _Guess(_Pen):
+    async def ask(self, call: Call, params: Params) -> Heard:
+        self.number += 1
+        return Heard(Reply(text=LABELS[self.number % len(LABELS)], finish="stop", tokens_in=10, tokens_out=10))
+
+
+def test_a_share_of_preferences_is_asked_of_the_line_that_makes_them_and_released_beside_the_rest(tmp_path: Path) -> None:
+    teachers = {"writer": Writer(rows=1), "wrong": Wrong()}
+    compose = {"teachers": ("writer",), "axes": {"tone": ("curt", "angry")}, "per_call": 1}
+    quotas = {"kind": {"preference": 0.25}, "tone": {"angry": 0.5, "curt": 0.5}}
+    mill = recipe(tmp_path, teachers, Contrast(teachers=("wrong",)), Rules(), accepted=40, compose=compose, quotas=quotas)
+    folder = run(mill, tmp_path / "mill", view="quiet")
+    assert folder.status["status"] == "done", folder.status["cells"]
+    assert by_label(folder) == dict.fromkeys(LABELS, 4)
+    assert dict(folder.accepted["kind"].value_counts().iter_rows()) == {"chat": 30, "preference": 10}
+    assert Counter(json.loads(axes)["tone"] for axes in folder.accepted["axes"]) == {"curt": 20, "angry": 20}
+    asked = folder.costs.filter(pl.col("stage") == "05-contrast")
+    assert {json.loads(aim)["kind"] for aim in asked["aim"]} == {"preference"}
+    assert set(asked["teacher"]) == {"wrong"}
+    pairs = folder.samples.filter(pl.col("kind") == "preference")
+    rows = {row["id"]: row for row in folder.samples.filter(pl.col("kind") == "chat").to_dicts()}
+    for pair in pairs.to_dicts():
+        row = rows[pair["parents"][0]]
+        assert (pair["messages"], pair["chosen"], pair["label"]) == (row["messages"][:-1], row["messages"][-1:], row["label"])
+        assert row["generator"] == "01-seeds" or pair["axes"] == row["axes"]
+        assert pair["rejected"][0]["content"] != pair["chosen"][0]["content"]
+    cells = {(cell["dimension"], cell["value"]): cell for cell in folder.status["cells"]}
+    assert (cells["kind", "preference"]["wanted"], cells["kind", "preference"]["have"]) == (10, 10)
+    assert cells["kind", "preference"]["calls"] == asked.height
+    version = release(
+        folder, name="m", plan=ReleasePlan(), datasets=tmp_path, embed=embedder().embed, facts=ReleaseFacts(recipe={}, embedder="m")
+    )
+    counts = open_version(version).counts.kind_by_split
+    assert sum(of.get("preference", 0) for of in counts.values()) == 10
+
+
+def test_preferences_that_no_line_makes_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no generator can make rows of kind: preference"):
+        turn(tmp_path, {"writer": Writer()}, accepted=20, quotas={"kind": {"preference": 0.25}})
+    assert not list((tmp_path / "mill").rglob("costs.parquet"))
 
 
 def test_the_watch_names_the_teacher_that_repeats_itself_and_no_other(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import yaml
 from factory.errors import ReleaseError, StoreError
 from factory.records import RunFolder
 from factory.release import LINEAGE, open_version, release
+from factory.rows import read_samples
 from factory.splits import NEAR
 from schemas.manifest import SPLITS, Manifest
 from schemas.recipe import ReleasePlan
@@ -353,18 +354,28 @@ def test_a_failure_on_the_way_leaves_nothing(run, tmp_path):
 # -- other kinds -----------------------------------------------------------------------------------------------------------
 
 
-def test_preferences_and_texts_have_their_own_columns(tmp_path):
+TOPICS = ("rain", "tax", "chess", "bread", "sleep", "trains", "paint", "violins")
+
+
+def of_kind(kind, number, **provenance):
     def turn(role, content):
         return Message(role=role, content=content)
 
-    def of_kind(kind, number, **provenance):
-        where = Provenance(origin="made", generator="02-compose", round=1).model_copy(update=provenance)
-        topic = ("rain", "tax", "chess", "bread", "sleep", "trains", "paint", "violins")[number]
-        if kind == "text":
-            return Sample(text=f"A note about {topic}.", provenance=where)
-        good, bad = (turn("assistant", f"{word} {topic}") for word in ("All about", "No idea of"))
-        return Sample(messages=(turn("user", f"Tell me of {topic}"),), chosen=(good,), rejected=(bad,), provenance=where)
+    where = Provenance(origin="made", generator="02-compose", round=1).model_copy(update=provenance)
+    topic = TOPICS[number]
+    if kind == "text":
+        return Sample(text=f"A note about {topic}.", provenance=where)
+    asked, good, bad = (
+        turn("user", f"Tell me of {topic}"),
+        turn("assistant", f"All about {topic}"),
+        turn("assistant", f"No idea of {topic}"),
+    )
+    if kind == "chat":
+        return Sample(messages=(asked, good), provenance=where)
+    return Sample(messages=(asked,), chosen=(good,), rejected=(bad,), provenance=where)
 
+
+def test_preferences_and_texts_have_their_own_columns(tmp_path):
     columns = {"text": {"text", "meta"}, "preference": {"prompt", "chosen", "rejected", "meta"}}
     for kind, expected in columns.items():
         real = [of_kind(kind, n, origin="real", round=0) for n in (0, 1)]
@@ -377,9 +388,57 @@ def test_preferences_and_texts_have_their_own_columns(tmp_path):
     seed = of_kind("text", 0, origin="real", round=0)
     version = cut(write_run(tmp_path / "other", [seed], [of_kind("preference", n) for n in range(1, 5)], []), tmp_path, name="other")
     assert open_version(version).left_out == {"real, but not preference as the made rows are": 1}
-    mixed = write_run(tmp_path / "mixed", [], [of_kind("text", 1), of_kind("preference", 2)], [])
-    with pytest.raises(ReleaseError, match="one kind; this run made preference and text"):
-        cut(mixed, tmp_path, name="mixed")
+
+
+def test_rows_of_several_kinds_stand_in_files_of_their_own_and_are_split_together(tmp_path):
+    rows = [of_kind(kind, n) for kind in ("chat", "preference") for n in range(8)]
+    version = cut(write_run(tmp_path / "mixed", [], rows, []), tmp_path, name="mixed", plan=PLAN.model_copy(update={"validation": 0.2}))
+    manifest = open_version(version)
+    names = {f"{kind}-{split}.jsonl" for kind in ("chat", "preference") for split in SPLITS}
+    assert {path.name for path in version.glob("*.jsonl")} == names
+    read = {name: [json.loads(line) for line in (version / name).read_text().splitlines()] for name in names}
+    assert {frozenset(row) for name, of in read.items() for row in of if name.startswith("chat")} == {frozenset({"messages", "meta"})}
+    pairs = [row for name, of in read.items() for row in of if name.startswith("preference")]
+    assert {frozenset(row) for row in pairs} == {frozenset({"prompt", "chosen", "rejected", "meta"})}
+    assert {row["meta"]["id"] for of in read.values() for row in of} == {row.id for row in rows}
+    for split in SPLITS:  # a preference goes where the conversation of the same prompt goes
+        asked = [{row["messages"][0]["content"] for row in read[f"chat-{split}.jsonl"]}]
+        asked.append({row["prompt"][0]["content"] for row in read[f"preference-{split}.jsonl"]})
+        assert asked[0] == asked[1] != set()
+        assert manifest.counts.kind_by_split[split] == {"chat": len(asked[0]), "preference": len(asked[1])}
+    assert manifest.counts.total == 16
+    assert {name: manifest.files[name].rows for name in names} == {name: len(of) for name, of in read.items()}
+    card = (version / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert [config["config_name"] for config in head["configs"]] == ["chat", "preference"]
+    assert "`preference-train.jsonl` (" in card
+    assert set(read_samples(version)["id"]) == {row.id for row in rows}  # for deduplication, diversity and decontamination
+
+
+def test_datasets_reads_each_kind_as_the_card_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    rows = [of_kind(kind, n) for kind in ("chat", "preference") for n in range(8)]
+    version = cut(write_run(tmp_path / "mixed", [], rows, []), tmp_path, name="mixed")
+    counts = open_version(version).counts.kind_by_split
+    for kind, column in (("chat", "messages"), ("preference", "chosen")):
+        loaded = datasets.load_dataset(str(version), kind, cache_dir=str(tmp_path / "cache"))
+        assert {split: rows.num_rows for split, rows in loaded.items()} == {split: of[kind] for split, of in counts.items() if kind in of}
+        assert loaded["train"][0][column][-1]["role"] == "assistant"
+
+
+def test_a_kind_that_comes_later_changes_the_names_of_the_files_and_no_row(tmp_path):
+    chats, pairs = ([of_kind(kind, n) for n in range(8)] for kind in ("chat", "preference"))
+    cut(write_run(tmp_path / "one", [], chats, []), tmp_path)
+    v2 = cut(write_run(tmp_path / "two", [], pairs, []), tmp_path)
+    manifest = open_version(v2)
+    assert manifest.accumulated.rows == 8 and manifest.accumulated.left_out == {}
+    v1, now = (pl.read_parquet(path / "lineage.parquet").sort("id") for path in (v2.with_name("v1"), v2))
+    both = now.filter(pl.col("kind") == "chat")
+    assert both["id"].equals(v1["id"]) and both["split"].equals(v1["split"])
+    assert now.filter(pl.col("kind") == "preference").height == 8
+    v3 = cut(write_run(tmp_path / "three", [], [*chats, *pairs], []), tmp_path, force=True)
+    assert open_version(v3).counts.kind_by_split == manifest.counts.kind_by_split
 
 
 # -- what nobody is to read ------------------------------------------------------------------------------------------------

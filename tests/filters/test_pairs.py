@@ -125,16 +125,17 @@ def test_one_order_without_an_answer_is_not_judged(text: str) -> None:
         assert Pairs(on_failure="keep").judge(ROW, FakeContext(answers=answers))["keep"].all()
 
 
-def test_rows_that_are_no_preference_are_asked_nothing_and_stay_if_the_recipe_says_so() -> None:
+def test_rows_that_are_no_preference_are_asked_nothing_and_stay() -> None:
     text = Sample.model_validate({"text": "x", "provenance": {"origin": "made", "generator": "t"}})
     rows = pl.concat([frame(chat("a", "b"), text), ROW])
     ctx = FakeContext(answers=by_word("GOOD"))
-    verdicts = Pairs(on_failure="keep").judge(rows, ctx)
+    verdicts = Pairs().judge(rows, ctx)
     assert len(ctx.asked) == 2
     assert sorted(verdicts["sample"]) == sorted(rows["id"])
     assert verdicts["keep"].all()
-    assert verdicts["reason"].null_count() == 1
-    assert not Pairs().judge(rows, FakeContext(answers=by_word("GOOD"))).filter(pl.col("reason") == "not judged")["keep"].any()
+    assert verdicts["score"].null_count() == 2  # of the two, nothing is said
+    assert ctx.reports["no preference"] == 2
+    assert Pairs().judge(rows, FakeContext(answers=by_word("BAD")))["keep"].sum() == 2
     with pytest.raises(GristmillError, match="no teachers"):
         list(Pairs().questions(rows, FakeContext(teachers=())))
 
