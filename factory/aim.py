@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
@@ -29,6 +30,9 @@ LOWEST_RATE = 0.0125  # after each round in vain for twice as much, but never fo
 PATIENCE = 3  # rounds in a row without a good row, after which a cell (or the whole run) is given up
 ENOUGH = 60  # samples that were tried in them: of a cell that gives one in twenty, something would have come in 95 of 100 cases
 ROWS = 20  # and so many that cells on average would have given as many good rows: where little comes anywhere, more is needed to tell
+
+Numbers = NDArray[np.float64]
+Number = TypeVar("Number", float, Numbers)
 
 TRIED = pl.Schema(
     {
@@ -94,8 +98,7 @@ class Yields:
         """The rate by which a cell is asked for at least: half as high after each round in vain since something came."""
         good = self.tried.filter(pl.col("aim") == aim).group_by("round").agg(pl.col("good").sum()).sort("round")["good"].to_list()
         vain: int = next((n for n, rows in enumerate(reversed(good)) if rows), len(good))
-        first = LEAST_RATE if not good or vain < len(good) else 2 * UNPROVEN
-        return max(LOWEST_RATE, first * 0.5**vain)
+        return float(_least(vain, not good or vain < len(good)))
 
     def belief(self, arm: Arm, aim: str) -> tuple[float, float]:
         """The beta distribution of good rows a sample tried, of an arm at a cell.
@@ -103,8 +106,7 @@ class Yields:
         Beforehand: what the arm gave anywhere, times how much better or worse the cell is for all arms than cells are.
         """
         overall, of_arm, of_cell = _rate(*self.counts(), 0.5), self.counts(arm.line, arm.teacher), self.counts(aim=aim)
-        mean = _rate(*of_arm, overall) * _rate(*of_cell, overall) / overall
-        mean = min(max(mean, 0.005), 0.995)
+        mean = float(_expected(_rate(*of_arm, overall), _rate(*of_cell, overall), overall))
         good, tried = self.counts(arm.line, arm.teacher, aim)
         return mean * PRIOR + good, (1 - mean) * PRIOR + max(tried - good, 0.0)
 
@@ -122,9 +124,30 @@ class Yields:
         return np.array([cost or typical for cost in each])
 
 
-def _rate(good: float, tried: float, prior: float) -> float:
+def _rate(good: Number, tried: Number, prior: float) -> Number:
     """Good rows a sample tried, drawn to a prior that weighs four samples."""
     return (good + PRIOR * prior) / (tried + PRIOR)
+
+
+def _expected(of_arm: float, of_cell: float | Numbers, overall: float) -> Numbers:
+    """The rate of an arm at a cell before it was tried there."""
+    return np.asarray(np.clip(of_arm * of_cell / overall, 0.005, 0.995))
+
+
+def _least(vain: int | NDArray[np.int64], proven: bool | NDArray[np.bool_]) -> Numbers:
+    """Half as high after each round in vain, so that what gives nothing is asked for more and more, but not without end."""
+    return np.asarray(np.maximum(LOWEST_RATE, np.where(proven, LEAST_RATE, 2 * UNPROVEN) * 0.5**vain))
+
+
+def rates(good: Numbers, tried: Numbers, vain: NDArray[np.int64], proven: NDArray[np.bool_]) -> Numbers:
+    """The rates by which `orders` asks for cells, one each, where a single arm serves them all: for a plan.
+
+    `good` rows and `tried` samples are discounted by age, `vain` are the rounds without a good row since the last one, `proven` says
+    whether any ever came.
+    """
+    overall = _rate(float(good.sum()), float(tried.sum()), 0.5)
+    mean = _expected(_rate(float(good.sum()), float(tried.sum()), overall), _rate(good, tried, overall), overall)
+    return np.asarray(np.maximum(_least(vain, proven), (mean * PRIOR + good) / (PRIOR + np.maximum(tried, good))))
 
 
 def effort(arms: Sequence[Arm], aim: str, yields: Yields, rng: np.random.Generator, explore: float) -> dict[Arm, float]:

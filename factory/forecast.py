@@ -2,7 +2,7 @@
 
 What is known is in `Outlook`: how many questions a need makes, and what the answers seen so far gave. What is not known is drawn
 anew for each play: the rate at which each place's rows pass, which of the seen answers stand for those to come, and how soon
-rows repeat each other. The rounds are those of `factory.rounds`; nothing is asked.
+rows repeat each other. Later rounds ask for as much as `factory.aim` has them ask for; nothing is asked.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from factory import rounds
-from factory.aim import PATIENCE
-from factory.cells import REST, SPARED
+from factory import aim
+from factory.aim import MEMORY, PATIENCE
+from factory.cells import SPARED
 
 Numbers = NDArray[np.float64]
 
@@ -120,10 +120,9 @@ class Sieve:
 
 @dataclass(frozen=True)
 class Had:
-    """What was had already of the first round, by place: `items` read, `distinct` ones, those `compared` with others, `good` ones."""
+    """What was had already of the first round, by place: `items` read, those `compared` with others, `good` ones."""
 
     items: NDArray[np.int64]
-    distinct: NDArray[np.int64]
     compared: NDArray[np.int64]
     good: NDArray[np.int64]
     bill: Mapping[tuple[str, str], Numbers]  # (stage, teacher) -> calls, tokens in, tokens out, micro-USD, seconds
@@ -301,7 +300,9 @@ class _Play:
         self.places = list(outlook.quota)
         self.quota = np.array(list(outlook.quota.values()))
         had = outlook.had
-        self.have, self.made, self.good = (np.zeros(len(self.places), dtype=np.int64) for _ in range(3))
+        self.have, self.vain = (np.zeros(len(self.places), dtype=np.int64) for _ in range(2))
+        self.tried, self.good = (np.zeros(len(self.places)) for _ in range(2))  # discounted by age, as `aim.Yields` has them
+        self.proven = np.zeros(len(self.places), dtype=bool)
         self.items, self.compared = had.items, had.compared
         self.bill = {key: bill.copy() for key, bill in had.bill.items()}
         self.walls: dict[tuple[str, str], float] = {}
@@ -354,19 +355,18 @@ class _Play:
             free = source.free if number == 1 else 0.0
             wall = self._ask(source.stage, source.teacher, drawn, source.answers, source=source, level=level, free=free)
             generating[source.stage] = max(generating.get(source.stage, 0.0), wall)
-        made, good = self._filtered(np.rint(items).astype(np.int64), generating)
+        tried = np.rint(items).astype(np.int64)
+        good = self._filtered(tried, generating)
         if number == 1:
-            made, good = made + self.outlook.had.distinct, good + self.outlook.had.good
-        self.made, self.good = self.made + made, self.good + good
+            tried, good = tried + self.outlook.had.items, good + self.outlook.had.good
+        self.tried, self.good = self.tried * MEMORY + tried, self.good * MEMORY + good
+        self.vain = np.where(good > 0, 0, self.vain + (tried > 0))
+        self.proven |= good > 0
         return np.minimum(good, self.quota - self.have)
 
     def _calls(self) -> list[NDArray[np.int64]]:
         """What the needs of a later round make, by source and place."""
-        yields = {place: rounds.Yield(int(m), int(g)) for place, m, g in zip(self.places, self.made, self.good, strict=True)}
-        have = dict(zip(self.places, map(int, self.have), strict=True))
-        wanted = np.zeros(len(self.places))
-        for need in rounds.needs(self.outlook.quota, have, yields):
-            wanted[self.places.index(need.label or REST)] = need.missing / (need.rate or ASSUMED_RATE)
+        wanted = (self.quota - self.have) / aim.rates(self.good, self.tried, self.vain, self.proven | (self.tried == 0))
         stages = {stage: asks.of(wanted) for stage, asks in self.outlook.asks.items()}
         shares = {stage: [s.share for s in self.outlook.sources if s.stage == stage] for stage in stages}
         parts = {stage: iter(self._dealt(n, shares[stage])) for stage, n in stages.items() if shares[stage]}
@@ -378,8 +378,8 @@ class _Play:
         rest = self.rng.multinomial(calls - even.sum(axis=1), np.array(shares) / sum(shares))
         return list((even + rest).T)
 
-    def _filtered(self, items: NDArray[np.int64], generating: Mapping[str, float]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How many of the items are samples of their own, and how many every filter keeps; adds up the round's time."""
+    def _filtered(self, items: NDArray[np.int64], generating: Mapping[str, float]) -> NDArray[np.int64]:
+        """How many of the items every filter keeps; adds up the round's time."""
         made = self._new(items, self.items, self.outlook.repeats, self._repeats)
         self.items = self.items + items
         flow = made
@@ -401,7 +401,7 @@ class _Play:
                 compared, flow = flow, self._new(flow, self.compared, self.outlook.copies, self._copies)
                 self.compared = self.compared + compared
         self.seconds += self.outlook.choose_s * float(flow[self.have + flow > self.quota].sum())
-        return made, flow
+        return flow
 
     def _new(
         self, more: NDArray[np.int64], n: NDArray[np.int64], novelty: Novelty | None, at: NDArray[np.intp] | None

@@ -168,7 +168,7 @@ class _Desk:
                     name: Lane(t.concurrency * len(t.ports()), t.limits.requests_per_minute or math.inf)
                     for name, t in recipe.teachers.items()
                 },
-                had=probed.had if probed else Had(zeros, zeros, zeros, zeros, {}),
+                had=probed.had if probed else Had(zeros, zeros, zeros, {}),
                 repeats=probed.repeats if probed else None,
                 copies=probed.copies if probed else None,
                 copies_at=probed.copies_at if probed else None,

@@ -226,7 +226,6 @@ class _Probe:
         self.loading_s = 0.0
         self._seen: set[str] = set(first.seeds["id"])
         self._came: list[Counter[str]] = [Counter() for _ in self.places]  # how often each item came
-        self._distinct = self._zeros()
         self._place_of: dict[str, int] = {}  # of a sample
         self._compared: dict[str, str] = {}  # all rows that are compared with each other, and of which row each is a copy (itself: of none)
         self._comparing: Judged | None = None
@@ -274,7 +273,6 @@ class _Probe:
                     self._read[call] += 1
                     self._place_read[call] = self._place_of[item.id] = place
                     self._came[place][item.id] += 1
-                    self._distinct[place] += item.id not in self._seen
                 if item.id not in self._seen:
                     made[item.id] = item
                     self._seen.add(item.id)
@@ -346,7 +344,6 @@ class _Probe:
             sieves=sieves,
             had=Had(
                 items=np.array([came.total() for came in self._came]),
-                distinct=self._distinct,
                 compared=np.array([came.total() for came in compared]),
                 good=self._counts(good),
                 bill=bill,

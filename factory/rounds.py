@@ -1,4 +1,4 @@
-"""The rounds as a plan plays them, place by place, and how good a row is among those of its kind.
+"""The places of a target as a plan knows them, and how good a row is among those of its kind.
 
 A plan knows one kind of place, the labels of a target; `REST` is the place of all others, or of all rows. What a run aims at is in
 `factory/loop.py`.
@@ -9,27 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import polars as pl
 
-from factory.aim import LEAST_RATE
 from factory.cells import LABEL, REST, Grid, cells_of, grid_of
-from factory.stage import Need
 from schemas.recipe import Target
-
-
-@dataclass(frozen=True)
-class Yield:
-    """What a place has given so far: how many samples were made for it, and how many of them every filter kept."""
-
-    made: int = 0
-    good: int = 0
-
-    @property
-    def rate(self) -> float | None:
-        """Good rows a sample made, drawn a little towards a half while there are few; None before any was made."""
-        return (self.good + 1) / (self.made + 2) if self.made else None
 
 
 def quotas(target: Target, seeds: pl.DataFrame) -> dict[str, int]:
@@ -46,20 +30,6 @@ def counts(frame: pl.DataFrame, quota: Mapping[str, int]) -> dict[str, int]:
     """How many of these rows each place holds."""
     found = Counter(cells_of(frame, Grid(sum(quota.values()), {LABEL: quota}), {}))
     return {place: found[(place,)] for place in quota}
-
-
-def needs(quota: Mapping[str, int], have: Mapping[str, int], yields: Mapping[str, Yield]) -> tuple[Need, ...]:
-    """The places that are still thin, thinnest first."""
-    thin = [
-        Need(
-            missing=quota[place] - have.get(place, 0),
-            label=None if place == REST else place,
-            rate=None if (rate := yields.get(place, Yield()).rate) is None else max(rate, LEAST_RATE),
-        )
-        for place in quota
-        if have.get(place, 0) < quota[place]
-    ]
-    return tuple(sorted(thin, key=lambda need: (-need.missing, need.label or "")))
 
 
 def quality_of(good: pl.DataFrame, verdicts: pl.DataFrame, ranking: Sequence[str]) -> pl.Series:

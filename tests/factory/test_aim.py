@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from factory.aim import DRAWS, TRIED, Arm, Yields, aim_of, as_place, effort, given_up, orders, servable, told
+from factory.aim import DRAWS, MEMORY, TRIED, Arm, Yields, aim_of, as_place, effort, given_up, orders, rates, servable, told
 from factory.cells import REST, Grid
 from factory.stage import Effort, Need
 
@@ -176,3 +176,24 @@ def test_a_cell_that_gave_nothing_is_asked_for_more_and_more_but_not_at_once() -
     assert [rate(), rate(1), rate(1, 2), rate(1, 2, 3), rate(1, 2, 3, 4)] == [0.05, 0.25, 0.125, 0.0625, 0.03125]
     came = [{"teacher": "t", "good": 1}, *({"teacher": "t", "round": n} for n in (2, 3, 4))]
     assert [Yields(evidence(*came[:n]), 9).least_rate(A) for n in (1, 2, 3, 4)] == [0.05, 0.025, 0.0125, 0.0125]
+
+
+def test_a_plan_asks_at_the_rates_of_a_run() -> None:
+    grid = Grid(30, {"label": {"a": 10, "b": 10, "c": 10}})
+    aims = [aim_of(grid, (label,)) for label in "abc"]
+    came = {1: ((6, 20), (0, 20), (2, 20)), 2: ((1, 8), (0, 40), (0, 30)), 3: ((0, 20), (0, 80), (0, 60))}  # good of tried, by round
+    rows = [
+        {"teacher": "t", "aim": aim, "round": number, "good": good, "tried": tried}
+        for number, of_round in came.items()
+        for aim, (good, tried) in zip(aims, of_round, strict=True)
+    ]
+    lacking = dict.fromkeys((("a",), ("b",), ("c",)), 5)
+    place = {cell: as_place(grid, cell) for cell in lacking}
+    found = orders(lacking, grid, {"02-compose": Effort({"t": 1.0})}, Yields(evidence(*rows), 4), "s", explore=0.1, place=place)
+    weights = [MEMORY ** (3 - number) for number in came]
+    good, tried = (
+        np.array([sum(w * of_round[i][k] for w, of_round in zip(weights, came.values(), strict=True)) for i in range(3)]) for k in (0, 1)
+    )
+    planned = rates(good, tried, np.array([1, 3, 2]), np.array([True, False, True]))
+    assert planned == pytest.approx([need.rate for need in sorted(found["02-compose"], key=lambda need: str(need.label))])
+    assert planned[1] == 0.0625  # three rounds in vain

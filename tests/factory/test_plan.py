@@ -267,7 +267,7 @@ def outlook(places: int = 2, quota: int = 20, **more: object) -> Outlook:
         sources=(source,),
         sieves=(sure,),
         lanes={"a": Lane(4)},
-        had=Had(zeros, zeros, zeros, zeros, {}),
+        had=Had(zeros, zeros, zeros, {}),
     )
     return replace(plain, **more)  # type: ignore[arg-type]
 

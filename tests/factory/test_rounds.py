@@ -1,4 +1,4 @@
-"""The rounds as a plan plays them, and how good a row is."""
+"""The places that a plan knows, and how good a row is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import polars as pl
 
 from factory import rounds
 from factory.cells import REST
-from factory.rounds import Yield
 from schemas.recipe import Target
 from tests.context import chat, frame
 
@@ -23,14 +22,6 @@ def test_a_plan_knows_labels_as_places() -> None:
     one = frame(chat("hi", "all", origin="real"), chat("ho", "other", origin="real"))  # "all" is a label like any other
     quota = rounds.quotas(Target(accepted=4, balance="label"), one)
     assert rounds.counts(one, quota) == {"all": 1, "other": 1}
-
-
-def test_needs_name_what_is_missing_thinnest_first() -> None:
-    quota = {"a": 4, "b": 3, "c": 3}
-    found = rounds.needs(quota, {"a": 3, "b": 3, "c": 0}, {"a": Yield(made=8, good=4), "c": Yield(made=98, good=0)})
-    assert [(n.label, n.missing) for n in found] == [("c", 3), ("a", 1)]
-    assert found[0].rate == 0.05  # nothing came there; it is asked for more, but not without end
-    assert found[1].rate == 0.5
 
 
 def test_quality_is_the_mean_rank_over_ranking_filters() -> None:
