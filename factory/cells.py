@@ -57,6 +57,7 @@ def grid_of(target: Target, seeds: pl.DataFrame, axes: Mapping[str, Sequence[str
     """
     known: dict[str, list[str]] = {name: list(values) for name, values in axes.items()} | {n: list(v) for n, v in GIVEN.items()}
     known[LABEL] = sorted(seeds["label"].drop_nulls().unique().to_list())
+    known[KIND] = [*sorted({*seeds["kind"]} - {"preference"} or {"chat"}), "preference"]  # what is made of texts is text
     known[CLUSTER] = sorted(clusters or {})
     balanced = target.balanced
     quotas: dict[str, dict[str, int]] = {}

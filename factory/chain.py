@@ -52,6 +52,7 @@ class World:
     quality: pl.DataFrame = field(default_factory=QUALITY.to_frame)
     needs: Mapping[str, tuple[Need, ...]] = field(default_factory=dict)  # by the generator's line
     reference: pl.DataFrame = field(default_factory=SAMPLES.to_frame)
+    private: frozenset[str] = frozenset()  # samples of which a verdict wants something masked: no generator goes on from them
 
 
 @dataclass
@@ -154,7 +155,8 @@ class Stages:
         start = time.monotonic()
         made_here: dict[str, Sample] = {}
         failures: list[Failure] = []
-        for item in stage.generate(pl.concat([world.accepted, flow]), ctx):
+        shown = pl.concat([world.accepted, flow]).filter(~pl.col("id").is_in(list(world.private)))
+        for item in stage.generate(shown, ctx):
             self.check_abort()
             if isinstance(item, Failure):
                 failures.append(item)

@@ -70,6 +70,12 @@ def dedup(path: Path, stages: Sequence[Filter], *, embedder: EmbedderChoice | No
     if not samples:
         why = "".join(f"; first, {f.source}: {f.reason} ({f.detail})" for f in unreadable[:1])
         raise GristmillError(f"none of its {len(rows)} rows can be used{why}", where=str(path))
+    if (kinds := {sample.kind for sample in samples}) > {"preference"}:
+        raise GristmillError(
+            f"it holds preferences beside other rows ({', '.join(sorted(kinds))}), and neither is a duplicate of the other",
+            where=str(path),
+            next="Name a file with rows of one kind; a version has one for each.",
+        )
     whole = samples_frame(samples).with_columns(round=pl.Series(at, dtype=pl.Int64))  # what comes first in the file is the earlier
     sources = whole["source"].to_list()
     first_at: dict[str, int] = {}

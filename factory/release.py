@@ -505,7 +505,9 @@ def _places(lineage: pl.DataFrame, versions: Sequence[_Version]) -> pl.DataFrame
 
 
 def _refuse_the_same(tables: Mapping[str, bytes], last: Manifest, home: Path) -> None:
-    if all(file in last.files and last.files[file].sha256 == hashlib.sha256(data).hexdigest() for file, data in tables.items()):
+    if tables.keys() == {file for file in last.files if file.endswith(".jsonl")} and all(
+        last.files[file].sha256 == hashlib.sha256(data).hexdigest() for file, data in tables.items()
+    ):
         raise AlreadyReleased(
             f"{last.name} v{last.version} already holds exactly these rows",
             home / f"v{last.version}",

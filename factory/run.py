@@ -28,6 +28,7 @@ from factory.errors import RunError, RunLocked
 from factory.gateway import Gateway
 from factory.ledger import Ledger, open_ledger
 from factory.loop import Standing, check_target, choose, counted, reference_of, standing, view
+from factory.masks import spans_in
 from factory.progress import RunState, round_line, shown
 from factory.recipe import Recipe, StageLine
 from factory.records import LAYOUT, TARGET, RunFolder
@@ -202,6 +203,8 @@ class Mill:
         while lines:
             head, *rest = lines
             chain = [head]
+            if isinstance(head.stage, Generator):
+                world = replace(world, private=frozenset(spans_in(RunFolder(self.folder).verdicts)))
             if _streams(head):
                 while rest and isinstance(rest[0].stage, Filter) and rest[0].stage.scope == "sample":
                     chain.append(rest.pop(0))

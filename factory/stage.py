@@ -166,7 +166,10 @@ class Generator(Stage):
         return Effort({"": 1.0})
 
     def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
-        """Yield samples, and a Failure for whatever was to become one and did not. `samples`: what is kept so far."""
+        """Yield samples, and a Failure for whatever was to become one and did not.
+
+        `samples`: what is kept so far, without rows of which a verdict wants something masked: no teacher is shown those.
+        """
         raise NotImplementedError
 
     def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterable[Call]:
@@ -200,8 +203,23 @@ class Filter(Stage):
         return None
 
 
+def makes_preferences(stage: Stage) -> bool:
+    """Whether a stage says that it makes preferences, and nothing else."""
+    return isinstance(stage, Generator) and stage.effort(()).kinds == ("preference",)
+
+
+def as_preferences(samples: pl.DataFrame) -> pl.DataFrame:
+    """The conversations that end in an answer, as preferences whose two answers are alike: they stand in for what is not made yet."""
+    chats = samples.filter((pl.col("kind") == "chat") & (pl.col("output") != "") & (pl.col("messages").list.len() > 1))
+    before, last = pl.col("messages").list.head(pl.col("messages").list.len() - 1), pl.col("messages").list.tail(1)
+    return chats.with_columns(kind=pl.lit("preference"), messages=before, chosen=last, rejected=last)
+
+
 def check_filters(stages: Iterable[tuple[str, Stage]], seeds: pl.DataFrame) -> None:
     """Before anything is asked: GristmillError where a filter can't judge what is made from such seeds. `stages`: folder and stage."""
+    forms = [seeds]
     for folder, stage in stages:
-        if isinstance(stage, Filter) and (trouble := stage.check(seeds)):
+        if makes_preferences(stage):
+            forms = [seeds, as_preferences(seeds)]
+        if isinstance(stage, Filter) and (trouble := next(filter(None, map(stage.check, forms)), None)):
             raise GristmillError(trouble, where=f"stage {folder}")

@@ -32,6 +32,7 @@ from factory.store import samples_of, verdicts_from
 from filters.question import NOT_JUDGED, between, read_yes_or_no, with_defaults, yes_or_no
 from filters.twins import Against
 from schemas.call import Call, Params
+from schemas.manifest import split_files
 from schemas.sample import Failure, Message, Sample
 
 Part = Literal["input", "output", "rejected"]
@@ -528,7 +529,7 @@ def _items_of(path: Path, columns: Sequence[str]) -> tuple[list[tuple[str, str, 
 def _parts(path: Path) -> list[Path]:
     """A released version is held against by what its students are measured on; what is in train is in train."""
     if path.is_dir() and (path / MANIFEST).is_file():
-        return [file for split in ("test", "validation") if (file := path / f"{split}.jsonl").is_file() and file.stat().st_size]
+        return [file for file in split_files(path, ("test", "validation")) if file.stat().st_size]
     return [path]
 
 

@@ -303,7 +303,7 @@ class _Seeds:
         """ "label" where the label decides the output; "text" for plain texts, "inputs" where nothing has an output, else "pairs"."""
         kinds = {row["kind"] == "text" for row in self.rows}
         if len(kinds) == 2:
-            raise GristmillError("the seeds are plain texts and conversations mixed", next="Make two recipes: a dataset is of one kind.")
+            raise GristmillError("the seeds are plain texts and conversations mixed", next="Make two recipes of them.")
         if kinds == {True}:
             return "text"
         if not any(row["output"] for row in self.rows):

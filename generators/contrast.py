@@ -27,8 +27,8 @@ class Contrast(Generator):
     2310.16944): the better answer is that of a strong model or a person, the worse one a weaker model's. So name teachers that are
     weaker than those of the rows, or give them instructions that make them so; whether `chosen` is really better, the filter `pairs` asks
     in both orders. Rows are the real ones, those that earlier rounds accepted, and those that passed all stages above in this round:
-    conversations whose last turn is an answer. The preference takes over label and axes of its row. Rows take turns; of those that
-    were asked about as often, one whose answer the same teacher wrote comes last.
+    conversations whose last turn is an answer. The preference takes over label and axes of its row. Rows of which no
+    preference was kept yet come first, and among them those whose answer another teacher wrote.
     """
 
     key = "contrast"
@@ -39,7 +39,9 @@ class Contrast(Generator):
     system: str | None = Field(
         None, description="instructions for the teacher in place of the row's own, such as how to go wrong; they are no part of the sample"
     )
-    share: float = Field(1, gt=0, le=1, description="of what is missing, where other lines can bring it too")
+    share: float = Field(
+        1, gt=0, le=1, description="of what is missing; where several lines have more than all of it together, in proportion"
+    )
     max_calls: int = Field(500, ge=1, description="in a round")
     params: Params = Params()
 
@@ -59,32 +61,28 @@ class Contrast(Generator):
 
     def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Call]:
         """The calls that `generate` would make."""
-        return (question.call for question in self._questions(samples, ctx))
+        return (question.call for question in self._questions(samples, ctx, planned=True))
 
-    def _questions(self, samples: pl.DataFrame, ctx: Context) -> list[_Question]:
+    def _questions(self, samples: pl.DataFrame, ctx: Context, *, planned: bool = False) -> list[_Question]:
+        """All questions of this round. `planned`: where a place has no row yet, others stand in for those that will come."""
         if not (self.teachers or ctx.teachers):
             raise GristmillError("the recipe names no teachers", where=ctx.stage, next="Add one under teachers:.")
         rows = _Rows(samples, ctx)
         own, owed = self.effort(ctx.teachers).shares, defaultdict[str, float](float)
         needs = [need for need in ctx.needs if need.missing > 0]
-        places = [self._of_place(need, rows, dealt(need.teachers or own, owed, ctx.rng)) for need in needs]
-        drawn: Counter[tuple[str, str]] = Counter()
+        there = [(need, rows.at(need) or (rows.rows if planned else [])) for need in needs]
+        places = [_of_place(need, here, rows, dealt(need.teachers or own, owed, ctx.rng)) for need, here in there]
+        drawn: Counter[tuple[Message, ...]] = Counter()
         questions = []
         for ref, (row, teacher, need) in enumerate(islice(in_turn(places), self.max_calls)):
-            draw = ctx.round * DRAWS_A_ROUND + drawn[row["id"], teacher]
-            drawn[row["id"], teacher] += 1
             turns = _turns(row["messages"][:-1])
             asked = turns if self.system is None else (Message(role="system", content=self.system), *_without_system(turns))
+            draw = ctx.round * DRAWS_A_ROUND + drawn[asked]
+            drawn[asked] += 1  # by text and not by teacher: two names may stand for one model
             call = Call(teacher=teacher, messages=asked, params=self._params(row), draw=draw, ref=str(ref), aim=need.aim)
             where = Provenance(origin="made", generator=ctx.stage, round=ctx.round, parents=(row["id"],), axes=row["axes"])
             questions.append(_Question(call, turns, _turns(row["messages"][-1:]), row["label"], where))
         return questions
-
-    def _of_place(self, need: Need, rows: _Rows, teachers: Iterator[str]) -> Iterator[tuple[dict[str, Any], str, Need]]:
-        """A row and whom to ask about it, as often as it takes; nothing where there is no row of the place yet."""
-        here = rows.at(need)
-        for teacher in islice(teachers, calls_for(need) if here else 0):
-            yield rows.take(here, teacher), teacher, need
 
     def _params(self, row: dict[str, Any]) -> Params:
         """The recipe's params, and where they are silent room for an answer twice as long as the row's, at 3.5 bytes a token."""
@@ -92,6 +90,14 @@ class Contrast(Generator):
             return self.params
         room = max(64, len(row["output"].encode()) * 4 // 7)
         return self.params.model_copy(update={"max_tokens": min(room, 2048)})
+
+
+def _of_place(
+    need: Need, here: Sequence[dict[str, Any]], rows: _Rows, teachers: Iterator[str]
+) -> Iterator[tuple[dict[str, Any], str, Need]]:
+    """A row and whom to ask about it, as often as it takes; nothing where there is no row of the place yet."""
+    for teacher in islice(teachers, calls_for(need) if here else 0):
+        yield rows.take(here, teacher), teacher, need
 
 
 @dataclass(frozen=True)
@@ -106,23 +112,23 @@ class _Question:
 
 
 class _Rows:
-    """The conversations to go on from, and how often each has been asked about."""
+    """The conversations to go on from, and of each how often it was asked about in this round, or gave a preference that was kept."""
 
     def __init__(self, samples: pl.DataFrame, ctx: Context) -> None:
         chats = samples.filter((pl.col("kind") == "chat") & (pl.col("messages").list.len() > 1) & ~pl.col("holdout"))
         chats = chats.filter(pl.col("output").str.strip_chars() != "").sort("id")
-        if chats.is_empty():
+        if samples.height and (samples["kind"] == "text").all():
             raise GristmillError(
-                "there is no conversation with an answer, to set above another one",
+                "all there is are plain texts, and no answer of one can be set above another",
                 where=ctx.stage,
-                next="Bring seeds with answers, or put the line that makes such rows above this one.",
+                next="Bring seeds with questions and answers, or remove this line.",
             )
         self.rows = chats.select("id", "messages", "output", "label", "teacher", "parents", "axes").to_dicts()
         for row in self.rows:
             row["axes"] = json.loads(row["axes"])
         ctx.rng.shuffle(self.rows)
-        pairs = samples.filter(pl.col("kind") == "preference").explode("parents")
-        self.asked = Counter(pairs["parents"].drop_nulls())
+        pairs = pl.concat([frame.filter(pl.col("kind") == "preference").select("id", "parents") for frame in (ctx.kept, samples)])
+        self.asked = Counter(pairs.unique("id").explode("parents")["parents"].drop_nulls())
 
     def at(self, need: Need) -> list[dict[str, Any]]:
         """The rows of a place: of its label and axes; of a cluster its exemplars and what was made from them."""
@@ -136,7 +142,7 @@ class _Rows:
         return list(filter(fits, self.rows))
 
     def take(self, rows: Sequence[dict[str, Any]], teacher: str) -> dict[str, Any]:
-        """The row that was asked about least; of several, one whose answer another wrote."""
+        """The row that was asked about least; of several, one whose answer another teacher wrote."""
         row = min(rows, key=lambda row: (self.asked[row["id"]], row["teacher"] == teacher))
         self.asked[row["id"]] += 1
         return row

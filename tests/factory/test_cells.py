@@ -30,6 +30,7 @@ def test_every_dimension_adds_up_to_the_target() -> None:
     some = grid(Target(accepted=10, quotas={"label": {"a": 6}, "refusal": {"yes": 0.1}}))
     assert some.quotas == {"label": {"a": 6, REST: 4}, "refusal": {"yes": 1, REST: 9}}
     assert grid(Target(accepted=4, quotas={"kind": {"chat": 4}})).quotas == {"kind": {"chat": 4}}
+    assert grid(Target(accepted=4, balance="kind")).quotas == {"kind": {"chat": 2, "preference": 2}}
     clusters = grid(Target(accepted=10, balance="cluster"), **{"0": 3.0, "1": 1.0})
     assert (clusters.quotas, clusters.soft) == ({"cluster": {"0": 8, "1": 2}}, {"cluster"})
     assert grid(Target(accepted=10, proportions={"x": 1.0}), **{"0": 1.0}).soft == frozenset()
@@ -41,6 +42,7 @@ def test_every_dimension_adds_up_to_the_target() -> None:
         (Target(accepted=10, balance="label", quotas={"label": {"z": 2}}), "names 'z'"),
         (Target(accepted=10, quotas={"label": {"a": 11}}), "asks for 11 rows, and the target is 10"),
         (Target(accepted=10, quotas={"tone": {"curt": 1, "polite": 1, "angry": 1}}), "asks for 3 rows, and the target is 10"),
+        (Target(accepted=10, quotas={"kind": {"text": 1}}), "names 'text', and nothing has that value"),
         (Target(accepted=10, balance="mood"), "'mood', which no generator varies"),
     ],
 )

@@ -79,6 +79,14 @@ def test_the_key_can_be_the_prompt_or_the_answer(tmp_path):
     assert left == {"input": [0, 2], "output": [0, 1], "both": [0, 1, 2]}
 
 
+def test_preferences_are_no_duplicates_of_conversations(tmp_path):
+    pair = {"prompt": "Half of 8?", "chosen": "4", "rejected": "5"}
+    file = write(tmp_path / "rows.jsonl", [{"question": "Half of 8?", "answer": "4"}, pair])
+    result = CliRunner().invoke(main, ["dedup", str(file)])
+    assert result.exit_code != 0
+    assert "preferences beside other rows (chat, preference)" in " ".join(result.output.split())
+
+
 def test_rows_of_another_file_go(tmp_path):
     other = write(tmp_path / "other.jsonl", [{"text": "i lost my wallet, yesterday"}])
     gristmill(

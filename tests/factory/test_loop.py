@@ -20,7 +20,8 @@ from factory.recipe import Recipe, StageLine
 from factory.records import RunFolder
 from factory.release import open_version, release
 from factory.run import run
-from factory.stage import Stage
+from factory.stage import Context, Filter, Stage
+from factory.store import verdicts_from
 from factory.teacher import Connection, Heard, Price, Teacher
 from factory.twosample import mmd
 from filters.coverage import Coverage
@@ -287,6 +288,29 @@ def test_a_share_of_preferences_is_asked_of_the_line_that_makes_them_and_release
     )
     counts = open_version(version).counts.kind_by_split
     assert sum(of.get("preference", 0) for of in counts.values()) == 10
+
+
+class Secretive(Filter):
+    """Wants the name masked in every message that an angry customer wrote."""
+
+    key = "secretive"
+
+    def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
+        hide = samples["axes"].str.contains("angry")
+        detail = pl.select(pl.when(hide).then(pl.lit('{"mask": [["messages.0", 0, 2, "NAME"]]}')).otherwise(pl.lit("{}"))).to_series()
+        return verdicts_from(samples["id"], keep=pl.repeat(True, samples.height, eager=True), detail=detail)
+
+
+def test_a_row_of_which_something_is_to_be_masked_is_shown_to_no_teacher(tmp_path: Path) -> None:
+    compose = {"teachers": ("writer",), "axes": {"tone": ("curt", "angry")}, "per_call": 1}
+    teachers = {"writer": Writer(rows=1), "wrong": Wrong()}
+    wanted = {"accepted": 40, "quotas": {"kind": {"preference": 0.5}}}
+    folder = turn(tmp_path, teachers, Secretive(), Contrast(teachers=("wrong",)), compose=compose, **wanted)
+    assert folder.status["status"] == "done", folder.status["cells"]
+    parents = folder.samples.filter(pl.col("kind") == "preference").explode("parents")["parents"]
+    shown = folder.samples.filter(pl.col("id").is_in(parents.implode()))
+    assert shown.filter(pl.col("origin") == "made").height > 5
+    assert not shown["axes"].str.contains("angry").any()
 
 
 def test_preferences_that_no_line_makes_are_refused_before_anything_is_asked(tmp_path: Path) -> None:

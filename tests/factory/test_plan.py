@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from factory.errors import BudgetSpent, RunError, TeacherDown
+from factory.errors import BudgetSpent, GristmillError, RunError, TeacherDown
 from factory.forecast import Answered, Asks, Had, Lane, Novelty, Outlook, Sieve, Source, forecast, pass_rates
 from factory.ledger import open_ledger
 from factory.plan import make_plan, plan_table
@@ -251,6 +251,36 @@ def test_a_plan_learns_from_the_last_run_of_its_name_by_label(tmp_path: Path) ->
 def answered(**more: float | None) -> Answered:
     known: dict[str, float | None] = {"tokens_in": 100, "tokens_out": 50, "micro_usd": 20, "seconds": 1, "items": 5}
     return Answered(place=None, size=400, **(known | more))  # type: ignore[arg-type]
+
+
+PREFERENCES = """\
+name: task
+target: {{accepted: 40, quotas: {{kind: {{preference: 0.25}}}}{budget}}}
+teachers:
+  small: {{kind: openai, model: m, base_url: "{url}/v1", provider: here{price}}}
+stages:
+  - seeds: {{path: seeds.jsonl}}
+  - compose: {{per_call: 1, axes: {{tone: [angry, calm]}}}}
+  - contrast: {{}}
+"""
+
+
+def test_a_plan_counts_preferences_and_what_judges_ask_about_them(tmp_path: Path) -> None:
+    with MockServer() as server:
+        plan = make_plan(recipe(tmp_path, server, text=PREFERENCES, more="  - pairs: {}\n"), tmp_path / "mill")
+    calls = {each.stage: each.calls for each in plan.estimates}
+    assert calls["03-contrast"] == pytest.approx(20, abs=4)  # ten, of which each second one is believed to pass
+    assert calls["02-compose"] == pytest.approx(60, abs=8)
+    assert calls["04-pairs"] == pytest.approx(2 * 20, abs=8)
+
+
+def test_duplicates_of_preferences_are_to_be_told_what_counts_before_anything_is_asked(tmp_path: Path) -> None:
+    with MockServer() as server:
+        mine = recipe(tmp_path, server, text=PREFERENCES, more="  - near: {}\n")
+        for work in (make_plan, run):
+            with pytest.raises(GristmillError, match="the samples are preferences: say by which text they are compared"):
+                work(mine, tmp_path / "mill")
+        assert not server.received
 
 
 def outlook(places: int = 2, quota: int = 20, **more: object) -> Outlook:

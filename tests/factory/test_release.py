@@ -439,6 +439,10 @@ def test_a_kind_that_comes_later_changes_the_names_of_the_files_and_no_row(tmp_p
     assert now.filter(pl.col("kind") == "preference").height == 8
     v3 = cut(write_run(tmp_path / "three", [], [*chats, *pairs], []), tmp_path, force=True)
     assert open_version(v3).counts.kind_by_split == manifest.counts.kind_by_split
+    v4 = cut(write_run(tmp_path / "four", [], [of_kind("text", n) for n in range(8)], []), tmp_path)
+    assert len(list(v4.glob("*.jsonl"))) == 9
+    replaced = cut(write_run(tmp_path / "five", [], [*chats, *pairs], []), tmp_path, plan=PLAN.model_copy(update={"earlier": "drop"}))
+    assert open_version(replaced).counts.total == 16  # its files are v4's, but for those of texts: it is another version
 
 
 # -- what nobody is to read ------------------------------------------------------------------------------------------------

@@ -241,6 +241,17 @@ def test_of_a_released_version_test_and_validation_are_held_against_and_train_is
     assert one(items(GSM8K)[0], against=version, **WORDS)["keep"]
 
 
+def test_a_version_of_several_kinds_is_read_kind_by_kind(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "yes"), ("rejected", "no"))}
+    a_set(tmp_path, {"prompt": [{"role": "user", "content": LONG}], **answers}, name="preference-test.jsonl")
+    a_set(tmp_path, {"text": items(GSM8K)[1]}, name="text-validation.jsonl")
+    a_set(tmp_path, {"text": items(GSM8K)[0]}, name="text-train.jsonl")
+    assert not one(LONG, against=tmp_path, **WORDS)["keep"]
+    assert not one(items(GSM8K)[1], against=tmp_path, **WORDS)["keep"]
+    assert one(items(GSM8K)[0], against=tmp_path, **WORDS)["keep"]
+
+
 def test_rows_of_a_set_that_cannot_be_read_are_counted_and_a_set_of_none_is_an_error(tmp_path: Path) -> None:
     ctx = FakeContext()
     against = a_set(tmp_path, {"text": LONG}, {"nothing": 1}, ["no", "object"])
