@@ -26,7 +26,7 @@ from factory.probe import First, Probed, Put, first_round, probe, words_of
 from factory.progress import dollars, duration
 from factory.recipe import Recipe, StageLine
 from factory.records import RunFolder
-from factory.stage import Filter, Generator, Need, as_preferences, makes_preferences
+from factory.stage import Generator, Need
 from schemas.call import Call
 
 ASSUMED_TOKENS_S = 40.0  # of one stream, before a teacher has answered
@@ -193,7 +193,7 @@ class _Desk:
         def count(needs: Sequence[Need]) -> int:
             ctx = self.first.context(line)
             ctx.needs = needs
-            return sum(1 for _ in stage.questions(self.first.seeds, ctx))
+            return sum(1 for _ in stage.questions(self.first.rows(line), ctx))
 
         mine = self.first.needs[line.folder]
         place = replace(mine[0], missing=0)
@@ -208,13 +208,8 @@ class _Desk:
         needs = [replace(need, missing=need.missing * 4) for need in mine]
         asked = count(needs)
         expected = table.of(np.array([need.missing / ASSUMED_RATE for need in needs])).sum()
-        part = min(1.0, sum(sum(effort.shares.values()) for effort in self.recipe.efforts.values())) * self._part({line.folder})
+        part = min(1.0, sum(sum(effort.shares.values()) for effort in self.recipe.efforts.values())) * self.first.part({line.folder})
         return Asks(table.samples, table.calls, asked if asked < 0.9 * expected else math.inf, part)
-
-    def _part(self, lines: Set[str]) -> float:
-        """The part of the rows that are ordered in the first round which these lines are to bring."""
-        due = {folder: sum(need.missing for need in needs) for folder, needs in self.first.needs.items()}
-        return sum(n for folder, n in due.items() if folder in lines) / max(1, sum(due.values()))
 
     def _items_promised(self) -> float:
         """Samples that a generator means to get from a call."""
@@ -275,21 +270,8 @@ class _Desk:
     def _sieves(self) -> tuple[Sieve, ...]:
         sieves: list[Sieve] = []
         nothing = np.zeros(len(self.places))
-        above: set[str] = set()  # lines that make preferences
         for line in self.recipe.stages:
-            if makes_preferences(line.stage):
-                above.add(line.folder)
-            if not isinstance(line.stage, Filter):
-                continue
-            # The seeds stand in for what is not made yet: as they are, and as preferences where there will be some.
-            calls: list[Call] = []
-            asked = 0.0
-            part = self._part(above)
-            for rows, share in ((self.first.seeds, 1 - part), (as_preferences(self.first.seeds), part)):
-                if rows.height and share:
-                    questions = list(line.stage.questions(rows, self.first.context(line)))
-                    calls += questions
-                    asked += share * len(questions) / rows.height
+            calls, each = self.first.asked_by(line)
             answers: list[tuple[str, Answered]] = []
             for name in dict.fromkeys(call.teacher for call in calls):
                 mine = [call for call in calls if call.teacher == name]
@@ -297,7 +279,7 @@ class _Desk:
                 answers += [(name, self._assumed([call], name, 0)) for call in mine[:_ENOUGH_CALLS] if not self.probed]
             if answers:
                 handed = self.past.reach.get(line.folder, 1.0) if self.past else 1.0
-                sieves.append(Sieve(line.folder, nothing + _CERTAIN, nothing, asked * handed, tuple(answers)))
+                sieves.append(Sieve(line.folder, nothing + _CERTAIN, nothing, each * handed, tuple(answers)))
         if self.probed is None:  # what is assumed of all filters together stands last, so that those that ask are asked about every row
             return (*sieves, Sieve("", *self._assumed_rates()))
         return tuple(

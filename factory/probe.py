@@ -9,10 +9,11 @@ import json
 import random
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from factory.gateway import Gateway, filled
 from factory.ledger import Ledger, open_ledger
 from factory.loop import check_target, first_needs, reference_of
 from factory.recipe import Recipe, StageLine
-from factory.stage import Filter, Generator, Need, Vectors, check_filters
+from factory.stage import Filter, Generator, Need, Vectors, as_preferences, check_filters, makes_preferences
 from factory.still import Still
 from factory.store import SAMPLES, samples_frame, unwritable
 from schemas.call import Answer, Call
@@ -65,6 +66,38 @@ class First:
         """What a stage sees in this round, but for the asking."""
         return Still(line.folder, **self.known, round=1, needs=self.needs.get(line.folder, ()))
 
+    def rows(self, line: StageLine) -> pl.DataFrame:
+        """What a generator goes on from: the seeds; if it follows rows, also as such with every value of the axes that the target is by."""
+        target = self.recipe.target
+        axes = {name: values for name, values in self.recipe.axes.items() if name in (*target.balanced, *target.quotas)}
+        if not (axes and self.recipe.efforts[line.folder].follows):
+            return self.seeds
+        told = [json.dumps(dict(zip(axes, values, strict=True)), ensure_ascii=False) for values in product(*axes.values())]
+        return pl.concat([self.seeds, *(self.seeds.with_columns(axes=pl.lit(each)) for each in told)])
+
+    def asked_by(self, line: StageLine) -> tuple[list[Call], float]:
+        """What a filter would ask, and how many calls that is for each row that it is handed.
+
+        The seeds stand in for what is not made yet: as they are, and as preferences in the part of the rows that lines above bring as such.
+        """
+        if not isinstance(line.stage, Filter):
+            return [], 0.0
+        above = {other.folder for other in self.recipe.stages[: self.recipe.stages.index(line)] if makes_preferences(other.stage)}
+        part = self.part(above)
+        calls: list[Call] = []
+        each = 0.0
+        for rows, share in ((self.seeds, 1 - part), (as_preferences(self.seeds), part)):
+            if rows.height and share:
+                questions = list(line.stage.questions(rows, self.context(line)))
+                calls += questions
+                each += share * len(questions) / rows.height
+        return calls, each
+
+    def part(self, lines: Set[str]) -> float:
+        """The part of the rows that are ordered in this round which these lines are to bring."""
+        due = {folder: sum(need.missing for need in needs) for folder, needs in self.needs.items()}
+        return sum(n for folder, n in due.items() if folder in lines) / max(1, sum(due.values()))
+
     @cached_property
     def questions(self) -> list[Put]:
         """Every question that the generators have, in their order."""
@@ -72,7 +105,7 @@ class First:
             (line, call)
             for line in self.recipe.stages
             if isinstance(line.stage, Generator) and not line.stage.once
-            for call in line.stage.questions(self.seeds, self.context(line))
+            for call in line.stage.questions(self.rows(line), self.context(line))
         ]
         texts = [words_of(call) for _, call in asked]
         places = [_place(json.loads(call.aim or "{}").get(LABEL), self.quota) for _, call in asked]
@@ -248,7 +281,7 @@ class _Probe:
                 continue
             assert isinstance(line.stage, Filter)
             streams &= line.stage.scope == "sample"
-            asks = any(True for _ in line.stage.questions(self.first.seeds, self.first.context(line)))
+            asks = bool(self.first.asked_by(line)[0])
             if asks or not sieves:
                 sieves.append(Judged(line.folder, streams, self._zeros(), self._zeros()))
             if line.stage.scope == "dataset" and copies_at is None:
@@ -266,7 +299,7 @@ class _Probe:
 
     def _generate(self, line: StageLine, stage: Generator) -> pl.DataFrame:
         made: dict[str, Sample] = {}
-        for item in stage.generate(self.first.seeds, _Asking(self, line, only=self.chosen)):
+        for item in stage.generate(self.first.rows(line), _Asking(self, line, only=self.chosen)):
             if isinstance(item, Sample):
                 call, place = item.provenance.call, self._place(item.label)
                 if place is not None:

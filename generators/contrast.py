@@ -61,17 +61,15 @@ class Contrast(Generator):
 
     def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Call]:
         """The calls that `generate` would make."""
-        return (question.call for question in self._questions(samples, ctx, planned=True))
+        return (question.call for question in self._questions(samples, ctx))
 
-    def _questions(self, samples: pl.DataFrame, ctx: Context, *, planned: bool = False) -> list[_Question]:
-        """All questions of this round. `planned`: where a place has no row yet, others stand in for those that will come."""
+    def _questions(self, samples: pl.DataFrame, ctx: Context) -> list[_Question]:
         if not (self.teachers or ctx.teachers):
             raise GristmillError("the recipe names no teachers", where=ctx.stage, next="Add one under teachers:.")
         rows = _Rows(samples, ctx)
         own, owed = self.effort(ctx.teachers).shares, defaultdict[str, float](float)
         needs = [need for need in ctx.needs if need.missing > 0]
-        there = [(need, rows.at(need) or (rows.rows if planned else [])) for need in needs]
-        places = [_of_place(need, here, rows, dealt(need.teachers or own, owed, ctx.rng)) for need, here in there]
+        places = [_of_place(need, rows, dealt(need.teachers or own, owed, ctx.rng)) for need in needs]
         drawn: Counter[tuple[Message, ...]] = Counter()
         questions = []
         for ref, (row, teacher, need) in enumerate(islice(in_turn(places), self.max_calls)):
@@ -92,10 +90,9 @@ class Contrast(Generator):
         return self.params.model_copy(update={"max_tokens": min(room, 2048)})
 
 
-def _of_place(
-    need: Need, here: Sequence[dict[str, Any]], rows: _Rows, teachers: Iterator[str]
-) -> Iterator[tuple[dict[str, Any], str, Need]]:
+def _of_place(need: Need, rows: _Rows, teachers: Iterator[str]) -> Iterator[tuple[dict[str, Any], str, Need]]:
     """A row and whom to ask about it, as often as it takes; nothing where there is no row of the place yet."""
+    here = rows.at(need)
     for teacher in islice(teachers, calls_for(need) if here else 0):
         yield rows.take(here, teacher), teacher, need
 

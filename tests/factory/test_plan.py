@@ -24,6 +24,7 @@ from factory.ledger import open_ledger
 from factory.plan import make_plan, plan_table
 from factory.probe import choose, first_round, probe
 from factory.recipe import Recipe, load_recipe
+from factory.records import RunFolder
 from factory.run import run
 from tests.mock_server import Fault, MockServer
 
@@ -255,7 +256,7 @@ def answered(**more: float | None) -> Answered:
 
 PREFERENCES = """\
 name: task
-target: {{accepted: 40, quotas: {{kind: {{preference: 0.25}}}}{budget}}}
+target: {{accepted: 40, quotas: {{kind: {{preference: 0.25}}, tone: {{angry: 0.5}}}}{budget}}}
 teachers:
   small: {{kind: openai, model: m, base_url: "{url}/v1", provider: here{price}}}
 stages:
@@ -272,6 +273,31 @@ def test_a_plan_counts_preferences_and_what_judges_ask_about_them(tmp_path: Path
     assert calls["03-contrast"] == pytest.approx(20, abs=4)  # ten, of which each second one is believed to pass
     assert calls["02-compose"] == pytest.approx(60, abs=8)
     assert calls["04-pairs"] == pytest.approx(2 * 20, abs=8)
+
+
+def test_a_probe_asks_for_preferences_too_and_judges_them_apart(tmp_path: Path) -> None:
+    def answer(question: str) -> str:
+        if "<answer_a>" in question:
+            first, second = (question.index(f"<answer_{letter}>") for letter in "ab")
+            wrong = question.index("Not that")
+            return json.dumps({"evidence": "wrong", "better": "B" if first < wrong < second else "A"})
+        return writer(question) if "JSON" in question else f"Not that, number {next(numbers)}."
+
+    writer, numbers = Writer(), itertools.count()
+    with MockServer(answer=answer) as server:
+        mine = recipe(tmp_path, server, text=PREFERENCES, more="  - pairs: {}\n")
+        plan = make_plan(mine, tmp_path / "mill", asking=16)
+        assert plan.probed is not None
+        of_stage = Counter(stage for stage, _ in plan.probed.answers)
+        assert of_stage == {"02-compose": 1, "03-contrast": 1}
+        (pairs,) = [sieve for sieve in plan.probed.sieves if sieve.stage == "04-pairs"]
+        contrasted = len(plan.probed.answers["03-contrast", "small"])
+        assert len(pairs.answers) == 2 * contrasted > 0
+        run(mine, tmp_path / "mill")
+        folder = RunFolder(mine.run_folder(tmp_path / "mill"))
+    bill = {row.stage: row.asked for row in folder.funnel()}
+    foreseen = {each.stage: each.calls for each in plan.estimates}
+    assert foreseen["04-pairs"] == pytest.approx(bill["04-pairs"], rel=0.5)
 
 
 def test_duplicates_of_preferences_are_to_be_told_what_counts_before_anything_is_asked(tmp_path: Path) -> None:

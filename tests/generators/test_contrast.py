@@ -86,12 +86,6 @@ def test_two_names_of_one_model_and_two_rows_of_one_prompt_are_asked_apart() -> 
     assert len({call.draw for call in asked}) == len(asked) == 4
 
 
-def test_a_plan_counts_calls_for_rows_that_are_yet_to_come() -> None:
-    ctx = context(chat("What is rust?", "Iron oxide.", origin="real"), needs=(Need(3, axes={"tone": "angry"}, rate=1.0),))
-    assert len(list(Contrast().questions(ctx.kept, ctx))) == 3  # type: ignore[arg-type]
-    assert made(Contrast(), ctx) == ([], [])
-
-
 def test_work_is_shared_by_weight_and_a_need_may_say_otherwise() -> None:
     ctx = context(needs=(Need(12, rate=1.0),), teachers=("a", "b"))
     assert Counter(call.teacher for call in Contrast().questions(ctx.kept, ctx)) == {"a": 6, "b": 6}  # type: ignore[arg-type]
