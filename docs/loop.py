@@ -26,7 +26,7 @@ def tables(results: dict[str, Any]) -> str:
     rows = statistics.mean(run["closed"]["rows"] for run in runs)
     good = statistics.mean(run["open"]["good"] for run in runs)
     lines = [
-        f"**The embedded teacher** (135M parameters, the demo's recipe for a quarter of its rows, {len(runs)} seeds): {rows:.0f} rows from",
+        f"**The embedded teacher** (135M parameters, the demo's recipe for half of its rows, {len(runs)} seeds): {rows:.0f} rows from",
         f"{spent['closed']:,.0f} tokens in the closed loop; in the open one, of questions asked evenly over labels, as many rows drawn at",
         f"random from the good ones of as many tokens ({good:.0f} on average).\n",
         "| | closed | open | difference, 95% interval |",
