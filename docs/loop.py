@@ -71,7 +71,7 @@ def picture(results: dict[str, Any]) -> str:
     ]
     for number, label in enumerate(labels):
         y = 50 + 26 * number
-        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{html.escape(label.replace("_", " ")[:38])}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{html.escape(label.replace("_", " ")[:40])}</text>')
         for place, (side, colour) in enumerate((("closed", CLOSED), ("open", OPEN))):
             of = counts[side][label]
             mean, top = statistics.mean(of) / most * wide, y + 10 * place
