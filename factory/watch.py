@@ -179,7 +179,7 @@ def look_at_version(folder: Path, embed: Embed) -> Figures:
     deep = lineage.select("id", "depth") if "depth" in lineage.columns else depths(lineage)
     files = [path for path in split_files(folder) if path.stat().st_size]
     texts = pl.concat([SAMPLES.to_frame(), *map(read_samples, files)])  # not as a version: it may be on its way to become one
-    texts = texts.select("input", "output", id=pl.col("meta").str.json_path_match("$.id"))
+    texts = texts.select("input", "output", "kind", id=pl.col("meta").str.json_path_match("$.id"))
     rows = lineage.select("id", "origin", "parents", "teacher", "label").join(texts, on="id", maintain_order="left")
     made, real = (rows.filter(pl.col("origin") == origin) for origin in ("made", "real"))
     return _of_dataset(made, real, deep, embed, None)
@@ -251,7 +251,12 @@ def _weights(labels: pl.Series, real: pl.Series) -> NDArray[np.float64]:
 
 
 def _drawn(rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows with their `text`, in the order of a hash of it, whatever order they came in."""
+    """Rows with their `text`, in the order of a hash of it, whatever order they came in.
+
+    Without preferences whose prompt another row has too: they go on from it, and say nothing of how varied prompts are.
+    """
+    others = rows.filter(pl.col("kind") != "preference")["input"]
+    rows = rows.filter((pl.col("kind") != "preference") | ~pl.col("input").is_in(others.implode()))
     text = pl.when(pl.col("input").str.strip_chars() == "").then("output").otherwise("input")
     rows = rows.sort("id").with_columns(text=text)
     return rows[hash_order(rows["text"].to_list())]
@@ -281,8 +286,8 @@ def _novelsum_within(vectors: Vectors, cells: pl.Series) -> float | None:
 
 
 def _draws(rows: pl.DataFrame, embed: Embed) -> Figures:
-    sizes = [size for size in (LEAST * 2**step for step in range(20)) if size <= min(rows.height, MOST)]
-    texts = _drawn(rows)["text"].to_list() if sizes else []
+    texts = _drawn(rows)["text"].to_list()
+    sizes = [size for size in (LEAST * 2**step for step in range(20)) if size <= min(len(texts), MOST)]
     return {str(size): _variety(texts[:size], embed) for size in sizes}
 
 

@@ -21,7 +21,7 @@ from factory.store import FAILURES, VERDICTS, failures_frame, samples_frame
 from factory.watch import STOPS, Alarm, alarms, alarms_of_versions, depths, look, look_at_version, tail_mass
 from filters.exact import Exact
 from schemas.recipe import ReleasePlan
-from schemas.sample import Failure, Sample
+from schemas.sample import Failure, Message, Sample
 from schemas.watch import Watch
 from tests.context import FakeContext, chat, embedder
 from tests.run_on_disk import bank_run, facts
@@ -406,6 +406,21 @@ def test_a_version_is_compared_with_the_one_before_over_equal_draws() -> None:
         "teacher_at_most",
         "tail_at_least",
     ]
+
+
+def test_preferences_of_conversations_that_are_there_do_not_count_as_less_variety() -> None:
+    real, made = dealt(3)
+    rows = rows_of(real, [made])
+    alone = looked(rows, 1)
+    wrong = (Message(role="assistant", content="no_such_label"),)
+    pairs = [
+        row.model_copy(update={"messages": row.messages[:-1], "chosen": row.messages[-1:], "rejected": wrong})
+        for row in rows
+        if row.provenance.origin == "made"
+    ]
+    assert looked([*rows, *pairs], 1)["varied"] == alone["varied"]
+    of_pairs = looked([*(row for row in rows if row.provenance.origin == "real"), *pairs], 1)
+    assert of_pairs["varied"].keys() == alone["varied"].keys()  # where they stand alone, they are what is measured
 
 
 def test_a_released_version_has_the_figures_of_its_run(tmp_path: Path) -> None:
