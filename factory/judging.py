@@ -257,7 +257,7 @@ def measured(
     return Judged(
         stage=folder,
         judged=verdicts.height,
-        unjudged=verdicts.filter(pl.col("score").is_null()).height,
+        unjudged=verdicts.filter(pl.col("score").is_null() & pl.col("reason").is_not_null()).height,
         kept=verdicts.filter("keep").height,
         for_people=verdicts.filter(pl.col("people").is_not_null()).height,
         mean=mean if isinstance(mean, float) else None,

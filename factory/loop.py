@@ -241,10 +241,18 @@ def check_target(recipe: Recipe, seeds: pl.DataFrame, holdout: int) -> None:
     grid = grid_of(recipe.target, seeds, recipe.axes)
     _, unserved = aim.servable(_dealt(recipe, grid, {}, 1), grid, recipe.efforts)
     for cell in unserved:
+        place = aim.as_place(grid, cell)
+        other = ", ".join(f"{name} {' or '.join(values)}" for name, values in place.without.items())
+        what = aim.told(aim.aim_of(grid, cell)) if grid.values(cell) else f"others than {other}"
+        ways = {
+            "preference": "Add a line that makes preferences (`- contrast: {}`).",
+            "chat": "Add a line that makes rows (`- compose: {}`).",
+        }
         raise RunError(
-            f"no generator can make rows of {aim.told(aim.aim_of(grid, cell))}",
+            f"no generator can make rows of {what}",
             where="target",
-            next="Put these values into the axes of one line, or give their quotas to dimensions that need not meet.",
+            next=ways.get(place.kind or ("chat" if "kind" in place.without else ""), "")
+            or "Put these values into the axes of one line, or give their quotas to dimensions that need not meet.",
         )
     share = recipe.release.real_share
     if isinstance(share, float):

@@ -102,16 +102,23 @@ def _plain(state: RunState, out: TextIO) -> Iterator[None]:
     lines = 0
     beat = time.monotonic()
 
+    def end_of(number: int) -> None:
+        """Say how the rounds up to this one ended; their lines come one a round."""
+        nonlocal lines
+        for line in state.told[lines:number]:
+            print(line, file=out, flush=True)
+            lines += 1
+
     def say() -> None:
-        nonlocal beat, lines
+        nonlocal beat
         for number, stage in list(state.begun):
             if stage.state == "done" and (number, stage.folder) not in said:
+                end_of(max(number - 1, 0))
                 said.add((number, stage.folder))
                 print(f"round {number:02d} {stage.folder:<14} {_counts(stage)}", file=out, flush=True)
                 beat = time.monotonic()
-        for line in state.told[lines:]:
-            print(line, file=out, flush=True)
-            lines += 1
+        if all(stage.state != "done" or (number, stage.folder) in said for number, stage in list(state.begun)):
+            end_of(len(state.told))
         if time.monotonic() - beat > 30:
             beat = time.monotonic()
             print(

@@ -255,7 +255,13 @@ def _cut(run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequenc
     tests = {row: text for version_ in versions for row, text in version_.test.items()}
     last = list(versions[-1].split_of) if versions else []
     real = pl.col("origin") == "real"
-    columns = {"text": _COMPARED, "real": real, "shown": real & ~pl.col("holdout"), "new": ~pl.col("earlier") & ~pl.col("id").is_in(last)}
+    columns = {
+        "text": _COMPARED,
+        "whole": _WHOLE,
+        "real": real,
+        "shown": real & ~pl.col("holdout"),
+        "new": ~pl.col("earlier") & ~pl.col("id").is_in(last),
+    }
     asked = pl.concat(
         [
             rows.select("id", "label", "kind", "holdout", "earlier", **columns),
@@ -280,8 +286,9 @@ def _cut(run: RunFolder, public: MaskedRun, plan: ReleasePlan, versions: Sequenc
     bound = pl.when("near_test").then(pl.lit("test")).when((pl.col("pin") == "train").any().over("group")).then(pl.lit("train"))
 
     # A preference and the conversation that it goes on from have one text, and neither stands for the other.
-    of_kind = {kind: (asked["kind"] == kind).fill_null(False) for kind in kinds}
-    stood_for = [row for rows_ in of_kind.values() for row in _stood_for(asked.filter(rows_), vectors[rows_.to_numpy()])]
+    preference = (asked["kind"] == "preference").fill_null(False)  # null: of an earlier test alone
+    pairs = asked.filter(preference).with_columns(text="whole")  # of one prompt there may be several
+    stood_for = _stood_for(asked.filter(~preference), vectors[~preference.to_numpy()]) + _stood_for(pairs, embed(pairs["text"].to_list()))
     stays_out = (
         pl.when(pl.col("kind").is_null())
         .then(pl.lit("in an earlier version only"))
@@ -329,6 +336,7 @@ def _doubles(rows: pl.DataFrame, tests: Sequence[str]) -> list[str]:
     return first.filter(pl.col("id") != pl.col("first"))["id"].to_list()
 
 
+_WHOLE = pl.concat_str("input", "output", pl.col("rejected").list.last().struct.field("content").fill_null(""), separator="\n")
 _COMPARED = pl.when(pl.col("input").str.strip_chars() == "").then(pl.col("output")).otherwise(pl.col("input"))
 
 

@@ -247,6 +247,7 @@ def released(run: RunFolder, version: Path) -> RenderableType:
         ("released ", "bold green"),
         f"{sum(splits.values())} rows as {manifest['name']} v{manifest['version']}",
         f" · cost {dollars(manifest['micro_usd'])} · run took {duration(status.get('seconds', 0))}\n",
+        *((f"{note}\n", "yellow") for note in manifest.get("notes", ())),
         f"dataset: {version}\nreport:  {version / 'report.html'}",
     )
     return Group(funnel_table(run.funnel(), splits), Text(), lines)

@@ -217,9 +217,11 @@ def as_preferences(samples: pl.DataFrame) -> pl.DataFrame:
 
 def check_filters(stages: Iterable[tuple[str, Stage]], seeds: pl.DataFrame) -> None:
     """Before anything is asked: GristmillError where a filter can't judge what is made from such seeds. `stages`: folder and stage."""
-    forms = [seeds]
+    forms, found = [seeds], []
     for folder, stage in stages:
         if makes_preferences(stage):
             forms = [seeds, as_preferences(seeds)]
         if isinstance(stage, Filter) and (trouble := next(filter(None, map(stage.check, forms)), None)):
-            raise GristmillError(trouble, where=f"stage {folder}")
+            found.append((folder, trouble))
+    if found:
+        raise GristmillError("\n".join(trouble for _, trouble in found), where=f"stage {', '.join(folder for folder, _ in found)}")

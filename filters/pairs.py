@@ -77,10 +77,7 @@ class Pairs(Filter):
     def judge(self, samples: pl.DataFrame, ctx: Context) -> pl.DataFrame:
         """One verdict a sample; `detail` holds what both orders said, teacher, calls, and the `length` of both answers in characters."""
         lengths = {id_: [len(chosen), len(rejected)] for id_, _, chosen, rejected in _preferences(samples)}
-        verdicts = [
-            Verdict(sample=id_, by="", keep=True, detail={"error": "this row is no preference"})
-            for id_ in samples.filter(pl.col("kind") != "preference")["id"]
-        ]
+        verdicts = [Verdict(sample=id_, by="", keep=True) for id_ in samples.filter(pl.col("kind") != "preference")["id"]]
         seen = Counter({"no preference": len(verdicts)})
         for sample, answers in together(self.questions(samples, ctx), ctx, len(_ORDERS)):
             verdicts.append(self._verdict(sample, answers, lengths[sample], seen))

@@ -314,8 +314,14 @@ def test_a_row_of_which_something_is_to_be_masked_is_shown_to_no_teacher(tmp_pat
 
 
 def test_preferences_that_no_line_makes_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no generator can make rows of kind: preference"):
+    with pytest.raises(RunError, match="no generator can make rows of kind: preference") as error:
         turn(tmp_path, {"writer": Writer()}, accepted=20, quotas={"kind": {"preference": 0.25}})
+    assert "contrast" in (error.value.next or "")
+    mill = recipe(tmp_path, {"writer": Writer()}, accepted=20, balance=None, quotas={"kind": {"preference": 0.25}})
+    lines = (mill.stages[0], StageLine("02-contrast", Contrast()))
+    with pytest.raises(RunError, match="no generator can make rows of others than kind preference") as error:
+        run(Recipe(**{**vars(mill), "stages": lines}), tmp_path / "mill", view="quiet")
+    assert "compose" in (error.value.next or "")
     assert not list((tmp_path / "mill").rglob("costs.parquet"))
 
 

@@ -302,10 +302,11 @@ def test_a_probe_asks_for_preferences_too_and_judges_them_apart(tmp_path: Path) 
 
 def test_duplicates_of_preferences_are_to_be_told_what_counts_before_anything_is_asked(tmp_path: Path) -> None:
     with MockServer() as server:
-        mine = recipe(tmp_path, server, text=PREFERENCES, more="  - near: {}\n")
+        mine = recipe(tmp_path, server, text=PREFERENCES, more="  - near: {}\n  - semantic: {}\n")
         for work in (make_plan, run):
-            with pytest.raises(GristmillError, match="the samples are preferences: say by which text they are compared"):
+            with pytest.raises(GristmillError, match="the samples are preferences: say by which text they are compared") as error:
                 work(mine, tmp_path / "mill")
+            assert error.value.where == "stage 04-near, 05-semantic"  # all at once
         assert not server.received
 
 

@@ -21,6 +21,18 @@ def test_every_stage_that_ended_has_its_line_however_fast_the_next_round_began()
     assert out.getvalue().splitlines() == [f"round 0{n} 02-words       {n} answers, 2 samples" for n in (1, 2, 3)]
 
 
+def test_a_round_is_said_to_have_ended_before_anything_of_the_next_one() -> None:
+    out, state = io.StringIO(), RunState("tiny", 6, None)
+    with shown(state, "plain", out):
+        for number in range(4):  # 0: sources
+            if number > 1:
+                state.told.append(round_line(number - 1, number, 6, {}))
+            state.begin(number, [StageState("02-words", state="done")])
+        state.told.append(round_line(3, 6, 6, {}))
+    lines = [" ".join(line.split()[:3]) for line in out.getvalue().splitlines()]
+    assert lines == [f"round 0{n} {what}" for n in range(4) for what in ("02-words", "ended:")[: 1 + (n > 0)]]
+
+
 def test_a_view_says_how_fast_a_teacher_is_asked_and_why() -> None:
     busy = Tally(asked=3, in_flight=2)
     told = Snapshot(in_flight=2, teachers={"t": busy, "idle": Tally()}, paces={"t": "batch b_1: 40 of 1,000 done", "idle": "8 at once"})

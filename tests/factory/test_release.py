@@ -427,6 +427,22 @@ def test_datasets_reads_each_kind_as_the_card_says(tmp_path, monkeypatch):
         assert loaded["train"][0][column][-1]["role"] == "assistant"
 
 
+def test_of_one_prompt_there_may_be_several_preferences_and_none_stands_for_another(tmp_path):
+    first = [of_kind("preference", n) for n in range(4)]
+    other = (Message(role="assistant", content="Ask somebody else about such matters, please."),)
+    second = [of_kind("preference", n).model_copy(update={"rejected": other}) for n in range(4)]
+    cut(write_run(tmp_path / "one", [], first, []), tmp_path)
+    v2 = cut(write_run(tmp_path / "two", [], second, []), tmp_path)
+    assert open_version(v2).accumulated.left_out == {}
+    assert open_version(v2).counts.total == 8
+    louder = [(Message(role="assistant", content=row.rejected[0].content.upper()),) for row in first]
+    third = [of_kind("preference", n).model_copy(update={"rejected": said}) for n, said in enumerate(louder)]
+    v3 = cut(write_run(tmp_path / "three", [], third, []), tmp_path)
+    split = dict(pl.read_parquet(v2 / "lineage.parquet").select("id", "split").iter_rows())
+    gone = sum(split[row.id] != "test" for row in first)  # what was in test stays there
+    assert gone and open_version(v3).accumulated.left_out == {"a new row is like it": gone}
+
+
 def test_a_kind_that_comes_later_changes_the_names_of_the_files_and_no_row(tmp_path):
     chats, pairs = ([of_kind(kind, n) for n in range(8)] for kind in ("chat", "preference"))
     cut(write_run(tmp_path / "one", [], chats, []), tmp_path)
