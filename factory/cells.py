@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from factory.errors import RunError
 from factory.refusal import refusal_pattern
 from schemas.recipe import Target
-from schemas.sample import KINDS
 
 Cell = tuple[str, ...]  # a value in each dimension
 
 REST = "\0"  # the value under which falls what has no quota of its own; no label that a person wrote
 LABEL, CLUSTER, KIND, REFUSAL = "label", "cluster", "kind", "refusal"
 SPARED = 0.1  # of the rows that are wished for to choose from: as few may be missing
-GIVEN = {KIND: KINDS, REFUSAL: ("yes", "no")}  # what every row has, whatever a recipe varies
+GIVEN = (KIND, REFUSAL)  # what rows differ in whatever a recipe varies
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def grid_of(target: Target, seeds: pl.DataFrame, axes: Mapping[str, Sequence[str
 
     RunError where a quota names a label, axis or value that nothing can give, or quotas ask for more rows than the target.
     """
-    known: dict[str, list[str]] = {name: list(values) for name, values in axes.items()} | {n: list(v) for n, v in GIVEN.items()}
+    known: dict[str, list[str]] = {name: list(values) for name, values in axes.items()} | {REFUSAL: ["yes", "no"]}
     known[LABEL] = sorted(seeds["label"].drop_nulls().unique().to_list())
     known[KIND] = [*sorted({*seeds["kind"]} - {"preference"} or {"chat"}), "preference"]  # what is made of texts is text
     known[CLUSTER] = sorted(clusters or {})

@@ -23,7 +23,7 @@ from factory.errors import RunError
 from factory.recipe import Recipe
 from factory.records import TARGET, RunFolder
 from factory.rows import read_samples
-from factory.stage import Filter, Need, Tried, Vectors
+from factory.stage import Effort, Filter, Need, Tried, Vectors
 from factory.store import SAMPLES, verdicts_from
 
 Embed = Callable[[Sequence[str]], Vectors]
@@ -241,19 +241,7 @@ def check_target(recipe: Recipe, seeds: pl.DataFrame, holdout: int) -> None:
     grid = grid_of(recipe.target, seeds, recipe.axes)
     _, unserved = aim.servable(_dealt(recipe, grid, {}, 1), grid, recipe.efforts)
     for cell in unserved:
-        place = aim.as_place(grid, cell)
-        other = ", ".join(f"{name} {' or '.join(values)}" for name, values in place.without.items())
-        what = aim.told(aim.aim_of(grid, cell)) if grid.values(cell) else f"others than {other}"
-        ways = {
-            "preference": "Add a line that makes preferences (`- contrast: {}`).",
-            "chat": "Add a line that makes rows (`- compose: {}`).",
-        }
-        raise RunError(
-            f"no generator can make rows of {what}",
-            where="target",
-            next=ways.get(place.kind or ("chat" if "kind" in place.without else ""), "")
-            or "Put these values into the axes of one line, or give their quotas to dimensions that need not meet.",
-        )
+        raise _unservable(grid, cell, recipe.efforts)
     share = recipe.release.real_share
     if isinstance(share, float):
         needed, there = round(share * recipe.target.accepted / (1 - share)), seeds.height + holdout
@@ -262,6 +250,16 @@ def check_target(recipe: Recipe, seeds: pl.DataFrame, holdout: int) -> None:
                 f"release.real_share {share:g} of {recipe.target.accepted} made rows needs {needed} real ones, and there are {there}",
                 next="Lower it, ask for fewer rows, or bring more seeds.",
             )
+
+
+def _unservable(grid: Grid, cell: Cell, lines: Mapping[str, Effort]) -> RunError:
+    place = aim.as_place(grid, cell)
+    without = ", ".join(f"{name} {' or '.join(values)}" for name, values in place.without.items())
+    of = aim.told(aim.aim_of(grid, cell)) if grid.values(cell) else f"others than {without}"
+    mend = "Put these values into the axes of one line, or give their quotas to dimensions that need not meet."
+    if not any(line.makes(place) for line in lines.values()):
+        mend = f"No line makes such rows: add one (`- {'contrast' if place.kind == 'preference' else 'compose'}: {{}}`)."
+    return RunError(f"no generator can make rows of {of}", where="target", next=mend)
 
 
 def reference_of(recipe: Recipe) -> pl.DataFrame:

@@ -70,10 +70,14 @@ class Effort:
     kinds: tuple[Kind, ...] = ()
     follows: bool = False
 
+    def makes(self, need: Need) -> bool:
+        """Whether its rows are of a kind that this place takes."""
+        kinds = set(self.kinds or KINDS) - set(need.without.get("kind", ()))
+        return bool(kinds) if need.kind is None else need.kind in kinds
+
     def serves(self, need: Need) -> bool:
         """Whether it can make rows of this place, as far as axes and kinds go."""
-        kinds = set(self.kinds or KINDS) - set(need.without.get("kind", ()))
-        if not (kinds if need.kind is None else need.kind in kinds):
+        if not self.makes(need):
             return False
         if self.follows:
             return True

@@ -23,7 +23,7 @@ from factory.errors import GristmillError
 from factory.recipe import did_you_mean
 from factory.stage import Context, Effort, Generator, Need, RecipeFile, TeacherNames
 from factory.structured import schema_of
-from generators.dealing import DRAWS_A_ROUND, calls_for, dealt, deck, in_turn, shares
+from generators.asking import DRAWS_A_ROUND, answered, calls_for, dealt, deck, in_turn, shares
 from generators.parse import How, Item, Parsed, continued, parse
 from schemas.call import Answer, Call, Params
 from schemas.sample import Failure, Message, Provenance, Role, Sample
@@ -134,12 +134,8 @@ class Compose(Generator):
 
     def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
         """Ask, and yield what the answers hold; GristmillError, before anything is asked, where a template can't be filled in."""
-        questions = self._questions(samples, ctx)
-        if questions:
-            ctx.report("prompt", readable(questions[0].call))
-        for done, answer in enumerate(ctx.ask(question.call for question in questions), start=1):
-            yield from _read(questions[int(answer.call.ref)], answer)
-            ctx.progress(done, len(questions))
+        for question, answer in answered(self._questions(samples, ctx), ctx):
+            yield from _read(question, answer)
 
     def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Call]:
         """The calls that `generate` would make."""
@@ -485,8 +481,3 @@ def _turns(text: str) -> tuple[Message, ...]:
     parts = ["user", *re.split(_MARK.format("(system|user|assistant)"), text)]
     turns = zip(parts[::2], parts[1::2], strict=True)
     return tuple(Message(role=cast(Role, role), content=content.strip()) for role, content in turns if content.strip())
-
-
-def readable(call: Call) -> str:
-    """A call as a person reads it."""
-    return call.prompt if call.prompt is not None else "\n\n".join(f"--- {m.role}\n{m.content}" for m in call.messages)

@@ -14,8 +14,7 @@ from pydantic import Field
 
 from factory.errors import GristmillError
 from factory.stage import Context, Effort, Generator, Need, TeacherNames
-from generators.compose import readable
-from generators.dealing import DRAWS_A_ROUND, calls_for, dealt, in_turn, shares
+from generators.asking import DRAWS_A_ROUND, answered, calls_for, dealt, in_turn, shares
 from schemas.call import Answer, Call, Params
 from schemas.sample import Failure, Message, Provenance, Sample
 
@@ -52,12 +51,7 @@ class Contrast(Generator):
 
     def generate(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Sample | Failure]:
         """Ask, and yield a preference for each answer that differs from the row's own."""
-        questions = self._questions(samples, ctx)
-        if questions:
-            ctx.report("prompt", readable(questions[0].call))
-        for done, answer in enumerate(ctx.ask(question.call for question in questions), start=1):
-            yield _read(questions[int(answer.call.ref)], answer)
-            ctx.progress(done, len(questions))
+        return (_read(question, answer) for question, answer in answered(self._questions(samples, ctx), ctx))
 
     def questions(self, samples: pl.DataFrame, ctx: Context) -> Iterator[Call]:
         """The calls that `generate` would make."""

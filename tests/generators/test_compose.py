@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from factory.errors import GristmillError
 from factory.stage import Need, Tried
 from factory.store import samples_frame
-from generators.compose import TEMPLATES, Compose, read_template, readable
+from generators.asking import readable
+from generators.compose import TEMPLATES, Compose, read_template
 from schemas.call import Answer, Call, Params, Reply
 from schemas.sample import Failure, Message, Provenance, Sample
 from tests.context import FakeContext, chat, frame

@@ -1,15 +1,26 @@
-"""Balance: who is asked, with what, and in which turn, so that each has its part at every moment and not only on average."""
+"""What generators that ask have in common: how often, whom and in which turn, so that each has its part at every moment; and the asking."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from factory.stage import Need
+from factory.stage import Context, Need
+from schemas.call import Answer, Call
 
 T = TypeVar("T")
+
+
+class Question(Protocol):
+    """A call, and whatever its generator needs to read the answer."""
+
+    @property
+    def call(self) -> Call: ...
+
+
+Asked = TypeVar("Asked", bound=Question)
 
 DRAWS_A_ROUND = 1_000_000  # draws of one round begin here times its number, so that no two rounds ask the same question
 _LOWEST_RATE = 0.01  # whatever a need says, a place is not asked for more than a hundred times what it lacks
@@ -59,3 +70,17 @@ def in_turn(queues: Sequence[Iterator[T]]) -> Iterator[T]:
                 yield next(queue)
             except StopIteration:
                 waiting.remove(queue)
+
+
+def answered(questions: Sequence[Asked], ctx: Context) -> Iterator[tuple[Asked, Answer]]:
+    """Ask, and give each question with its answer as that comes; a call's `ref` is its question's place. Reports the first prompt."""
+    if questions:
+        ctx.report("prompt", readable(questions[0].call))
+    for done, answer in enumerate(ctx.ask(question.call for question in questions), start=1):
+        yield questions[int(answer.call.ref)], answer
+        ctx.progress(done, len(questions))
+
+
+def readable(call: Call) -> str:
+    """A call as a person reads it."""
+    return call.prompt if call.prompt is not None else "\n\n".join(f"--- {m.role}\n{m.content}" for m in call.messages)
